@@ -1,0 +1,350 @@
+"""The image tokenizer: a discrete VAE with the architecture, parameter names and objective of DALL-E's (arXiv 2102.12092).
+
+`python dvae.py` trains one. B images, C channels, H W pixels; h w the token grid, 2 ** (groups - 1) times smaller; V codes.
+"""
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import data
+import training
+
+PIXEL_EPS = 0.1       # pixels are squeezed into [eps, 1 - eps], where logit-Laplace has support
+CODE_DIM = 128        # n_init, the width of a code in the decoder
+
+
+def map_pixels(images):
+    """[0, 1] -> [eps, 1 - eps]."""
+    return (1 - 2 * PIXEL_EPS) * images + PIXEL_EPS
+
+
+def unmap_pixels(images):
+    """The inverse of map_pixels, cut to [0, 1]."""
+    return ((images - PIXEL_EPS) / (1 - 2 * PIXEL_EPS)).clamp(0, 1)
+
+
+def logit_laplace_nll(x, mu, log_b):
+    """-ln f(x | mu, b), f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)); x in (0, 1). Elementwise, in nats."""
+    return math.log(2) + log_b + torch.log(x * (1 - x)) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
+
+
+def kl_to_uniform(log_q):
+    """KL(q || uniform) over the last axis, ln V - H(q), in nats; log_q is normalised."""
+    return math.log(log_q.shape[-1]) + (log_q.exp() * log_q).sum(-1)
+
+
+class Conv2d(nn.Module):
+    """A "same" convolution whose parameters bear the public weights' names. Starts at N(0, 1/sqrt(fan_in)), bias 0."""
+
+    def __init__(self, n_in, n_out, kernel):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) / math.sqrt(n_in * kernel ** 2))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class ResBlock(nn.Module):
+    """identity + post_gain * residual path; kernels (3, 3, 3, 1) in the encoder, (1, 3, 3, 3) in the decoder."""
+
+    def __init__(self, n_in, n_out, kernels, post_gain):
+        super().__init__()
+        self.post_gain = post_gain
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = [n_in] + 3 * [n_out // 4] + [n_out]
+        layers = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x):
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+class Stack(nn.Module):
+    """Input convolution, groups of residual blocks with a change of resolution between them, ReLU, output convolution."""
+
+    def __init__(self, input_conv, n_in, widths, blocks_per_group, kernels, resample, n_out):
+        super().__init__()
+        post_gain = 1 / (len(widths) * blocks_per_group) ** 2
+        blocks = OrderedDict(input=input_conv)
+        for g, width in enumerate(widths):
+            group = OrderedDict()
+            for b in range(blocks_per_group):
+                group[f"block_{b + 1}"] = ResBlock(n_in, width, kernels, post_gain)
+                n_in = width
+            if g < len(widths) - 1:
+                group["resample"] = resample
+            blocks[f"group_{g + 1}"] = nn.Sequential(group)
+        blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_in, n_out, 1)))
+        self.blocks = nn.Sequential(blocks)
+
+
+class ELBO(NamedTuple):
+    """The two terms of the loss, and what came out."""
+    reconstruction: torch.Tensor    # scalar: -ln p(x | z), nats, mean over pixel channels
+    kl: torch.Tensor                # scalar: KL(q(z | x) || uniform), nats, mean over tokens
+    images: torch.Tensor            # (B, C, H, W) in [0, 1]
+
+
+class DiscreteVAE(nn.Module):
+    """encoder q(z | x) -> V codes -> decoder p(x | z). Images are (B, C, H, W) in [0, 1], H and W multiples of .downsample."""
+
+    def __init__(self, vocab_size=8192, hidden=256, groups=4, blocks_per_group=2, in_channels=3):
+        super().__init__()
+        for name, value, least in (("vocab_size", vocab_size, 2), ("hidden", hidden, 4), ("groups", groups, 1),
+                                   ("blocks_per_group", blocks_per_group, 1)):
+            if value < least:
+                raise ValueError(f"{name}: at least {least}, not {value}")
+        self.config = dict(vocab_size=vocab_size, hidden=hidden, groups=groups, blocks_per_group=blocks_per_group,
+                           in_channels=in_channels)
+        self.vocab_size = vocab_size
+        self.downsample = 2 ** (groups - 1)
+        widths = [hidden * 2 ** g for g in range(groups)]
+        self.encoder = Stack(Conv2d(in_channels, hidden, 7), hidden, widths, blocks_per_group, (3, 3, 3, 1),
+                             nn.MaxPool2d(2), vocab_size)
+        self.decoder = Stack(Conv2d(vocab_size, CODE_DIM, 1), CODE_DIM, widths[::-1], blocks_per_group, (1, 3, 3, 3),
+                             nn.Upsample(scale_factor=2, mode="nearest"), 2 * in_channels)
+
+    @torch.no_grad()
+    def initialise_codes(self, images, sharpness=2.0):
+        """Place the V codes on V patches of these images, so that training starts with all of them in use.
+
+        With f the features that the encoder's last convolution sees, in units of their spread, and f_k those of a random
+        place in the images, the convolution is set to logits = -s |f - f_k|^2 (up to a constant in k): q(z | x) is a soft nearest-neighbour
+        choice. s gives a code at the mean distance a logit of -sharpness ln V. The codebook starts as a random projection
+        of f_k, so that near codes decode alike.
+        """
+        features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
+        mean, std = features.mean(0), features.std() + 1e-6
+        if len(features) >= self.vocab_size:
+            chosen = torch.randperm(len(features), device=features.device)[:self.vocab_size]
+        else:
+            chosen = torch.randint(len(features), (self.vocab_size,), device=features.device)
+        f_k = (features[chosen] - mean) / std                                   # (V, width)
+        s = sharpness * math.log(self.vocab_size) / (2 * f_k.square().sum(1).mean())
+        output, table = self.encoder.blocks.output.conv, self.decoder.blocks.input
+        output.w.copy_((2 * s * f_k / std)[..., None, None])
+        output.b.copy_(-s * f_k.square().sum(1) - (2 * s * f_k / std) @ mean)
+        codes = f_k @ torch.randn(f_k.shape[1], CODE_DIM, device=f_k.device)
+        table.w.copy_((codes / codes.std()).t()[..., None, None])
+
+    def encode(self, images):
+        """Logits of q(z | x): (B, V, h, w)."""
+        if images.shape[-1] % self.downsample or images.shape[-2] % self.downsample:
+            raise ValueError(f"images are {tuple(images.shape)}: height and width must be multiples of {self.downsample}")
+        return self.encoder.blocks(map_pixels(images))
+
+    @torch.no_grad()
+    def tokenize(self, images):
+        """The most likely code of each place, z = argmax q(z | x), no noise: (B, h, w) int64."""
+        return self.encode(images).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """Images (B, C, H, W) in [0, 1] from tokens (B, h, w): sigmoid(mu), unmapped."""
+        return self.pixels(self.codes(tokens))[0]
+
+    def codes(self, tokens):
+        """The codebook rows of tokens: (B, h, w) -> (B, 128, h, w)."""
+        table = self.decoder.blocks.input
+        return (F.embedding(tokens, table.w[:, :, 0, 0].t()) + table.b).permute(0, 3, 1, 2)
+
+    def pixels(self, codes):
+        """codes (B, 128, h, w) -> (images in [0, 1], mu, ln b), each (B, C, H, W)."""
+        mu, log_b = self.decoder.blocks[1:](codes).float().chunk(2, dim=1)
+        return unmap_pixels(torch.sigmoid(mu)), mu, log_b
+
+    def forward(self, images, temperature):
+        """One Gumbel-softmax sample of the ELBO's two terms. In eval mode without noise: softmax(logits / temperature)."""
+        logits = self.encode(images).permute(0, 2, 3, 1).float()       # (B, h, w, V): codes contiguous, softmax is one pass
+        log_q = logits.log_softmax(-1)
+        if self.training:
+            logits = logits - torch.empty_like(logits).exponential_().log()    # -ln(Exp(1)) is Gumbel noise
+        z = (logits / temperature).softmax(-1)
+        table = self.decoder.blocks.input
+        codes = F.linear(z, table.w[:, :, 0, 0], table.b).permute(0, 3, 1, 2)  # (B, h, w, V) -> (B, 128, h, w)
+        reconstruction, mu, log_b = self.pixels(codes)
+        nll = logit_laplace_nll(map_pixels(images), mu, log_b)
+        return ELBO(nll.mean(), kl_to_uniform(log_q).mean(), reconstruction)
+
+
+def load(path, flag="--tokenizer"):
+    """The DiscreteVAE in a model.pt that `python dvae.py` left. UserError names the flag."""
+    checkpoint = training.read_checkpoint(path, flag)
+    if checkpoint.get("kind") != "DiscreteVAE":
+        raise training.UserError(f"{flag}: {path} holds a {checkpoint.get('kind', 'model')}, not a DiscreteVAE of dvae.py")
+    model = DiscreteVAE(**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class Config(training.RunConfig):
+    """Tokenizer"""
+    image_size: int = 112    # pixels a side of what the tokenizer sees: the token grid times 2 ** (groups - 1)
+    vocab_size: int = 8192    # codes |V|
+    hidden: int = 256    # width n_hid of the first group; the others are 2, 4, 8 times as wide
+    groups: int = 4    # groups of residual blocks; the resolution is halved between them
+    blocks_per_group: int = 2    # residual blocks in a group
+    kl_weight: float = 6.6    # final weight beta of the KL term; per token, over pixel channels a token
+    kl_ramp: float = 0.00167    # share of the steps in which beta rises from 0, along a cosine; DALL-E: 5,000 of 3M
+    temperature: float = 0.0625    # final Gumbel-softmax temperature tau, from 1
+    temperature_ramp: float = 0.05    # share of the steps in which tau falls, along a cosine; DALL-E: 150,000 of 3M
+    ema: float = 0.999    # decay of the weights' moving average, which is what is kept; lower in the first steps
+    crop_scale: float = 0.08    # smallest share of an image's area in a random crop
+    jitter: float = 0.0    # brightness, contrast and saturation vary by this share
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("kl_ramp", "temperature_ramp", "ema", "jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: from 0 to 1, not {getattr(self, name)}")
+        for name in ("temperature", "crop_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: above 0, up to 1, not {getattr(self, name)}")
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight: 0 or above, not {self.kl_weight}")
+        if self.image_size < 1 or self.image_size % 2 ** (self.groups - 1):
+            raise ValueError(f"image_size: a multiple of {2 ** (self.groups - 1)} for {self.groups} groups, not {self.image_size}")
+
+
+# Table of the DALL-E paper's appendix A.2; "small" and "demo" are ours.
+PRESETS = {
+    "demo": dict(steps=200, batch_size=32, lr=2e-3, min_lr=4e-5, warmup=0.1, weight_decay=1e-4, clip_grad=1.0,
+                 image_size=32, vocab_size=1024, hidden=32, groups=3, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3,
+                 temperature_ramp=0.6, ema=0.98, crop_scale=0.3, log_every=1, save_every=50),
+    "small": dict(steps=20_000, batch_size=128, lr=1e-3, min_lr=1e-5, warmup=0.02, weight_decay=1e-4, clip_grad=1.0,
+                  hidden=64, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3, temperature_ramp=0.6, ema=0.999),
+    "base": dict(steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, warmup=0.0, weight_decay=1e-4, clip_grad=0.0),
+}
+
+
+def perplexity(counts):
+    """exp of the entropy of the code histogram, from 1 (one code) to V (all alike)."""
+    share = counts.double() / counts.sum()
+    return math.exp(-torch.special.xlogy(share, share).sum())
+
+
+@torch.no_grad()
+def evaluate(model, batches, temperature, device):
+    """Over held-out images of all processes: mean squared error on [0, 1] pixels with soft codes (softmax at the
+    temperature, no noise) and with hard ones (argmax); codes in use and their perplexity. Also the last batch's pictures."""
+    model.eval()
+    counts, sums = torch.zeros(model.vocab_size, device=device), torch.zeros(3, device=device)
+    for view, *_ in batches:
+        images = data.to_float(view.to(device))
+        tokens = model.tokenize(images)
+        soft, hard = model(images, temperature).images, model.decode(tokens)
+        counts += torch.bincount(tokens.flatten(), minlength=model.vocab_size)
+        sums += torch.stack([(soft - images).square().mean() * len(images), (hard - images).square().mean() * len(images),
+                             torch.tensor(float(len(images)), device=device)])
+    for total in (counts, sums):
+        training.all_sum(total)
+    soft_mse, hard_mse = (sums[:2] / sums[2]).tolist()
+    report = dict(soft_mse=soft_mse, hard_mse=hard_mse, codes=int((counts > 0).sum()), perplexity=perplexity(counts))
+    return report, (images[:12], soft[:12], hard[:12])
+
+
+def train(config, device):
+    """Train a tokenizer in the folder config.out, or continue there. Returns the path of its model.pt."""
+    with training.naming_flags():
+        source, held_out = (data.open_images(config.data, config.data_root, split) for split in ("train", "val"))
+        torch.manual_seed(config.seed)
+        model = DiscreteVAE(config.vocab_size, config.hidden, config.groups, config.blocks_per_group)
+    views = data.TwoViews(source, [config.image_size], (1, 1), seed=config.seed, crop_scale=config.crop_scale, jitter=config.jitter)
+    val_views = data.TwoViews(held_out, [config.image_size], (1, 1), seed=config.seed, train=False)
+    total, per_epoch = training.steps_and_epoch(config, len(source))
+    run = training.Run(config, device, total)
+    if run.finished:
+        training.say(f"{run.folder} is finished; --fresh starts over")
+        return run.folder / "model.pt"
+    training.say(f"tokenizer: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.vocab_size} codes, "
+                 f"{total} steps of {config.batch_size} images of {config.image_size}x{config.image_size} on {device}")
+
+    model.to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (1 - min(config.ema, (1 + n) / (10 + n))) * (new - mean))
+    optimizer = training.adamw([{"params": model.parameters(), "weight_decay": config.weight_decay}], device)
+    precision = training.Precision(config.precision, device)
+    parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=precision.scaler)
+    notes = run.restore(**parts)
+    if run.start == 0:
+        needed = math.ceil(2 * config.vocab_size * model.downsample ** 2 / config.image_size ** 2)
+        first = [views[0, i % len(source)][0] for i in range(needed)]
+        model.initialise_codes(data.to_float(torch.stack(first).to(device)))
+        ema.module.load_state_dict(model.state_dict())
+    network = training.distribute(torch.compile(model) if config.compile else model, device)
+    here = dict(rank=training.rank(), world_size=training.world_size())
+    batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable", ()))
+    channels_a_token = 3 * model.downsample ** 2                                # 192 in DALL-E
+
+    for step in run.progress("tokenizer"):
+        training.seed_step(config.seed, step)
+        lr = training.set_lr(optimizer, training.warmup_cosine(step, total, config.lr, config.min_lr, config.warmup * total))
+        temperature = training.cosine(step, config.temperature_ramp * total, 1.0, config.temperature)
+        beta = training.cosine(step, config.kl_ramp * total, 0.0, config.kl_weight)
+        sums, bad = torch.zeros(4, device=device), []
+        for part in range(config.accumulate):
+            view, _, names = next(batches)
+            images = data.to_float(view.to(device, memory_format=torch.channels_last, non_blocking=True))
+            with training.only_last_part_communicates(network, part, config.accumulate):
+                with precision.autocast():
+                    reconstruction, kl, output = network(images, temperature)
+                loss = reconstruction + beta / channels_a_token * kl            # -ELBO, nats per pixel channel
+                precision.backward(loss / config.accumulate)
+            sums += torch.stack([loss, reconstruction, kl, (output - images).square().mean()]).detach()
+            bad += names
+        (loss, nll, kl, mse), bad = run.exchange(step + 1, sums / config.accumulate, bad)
+        unreadable.add(step // per_epoch, bad)
+        grad_norm = precision.update(optimizer, config.clip_grad)
+        ema.update_parameters(model)
+        run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm.item(), temperature=temperature, kl_weight=beta)
+        run.end_of_step(step + 1, notes={"unreadable": unreadable.names}, **parts)
+
+    report, pictures = evaluate(ema.module, data.val_loader(val_views, config, device, **here), config.temperature, device)
+    training.say("tokenizer, held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+    if report["perplexity"] < 0.02 * config.vocab_size:
+        training.say(f"warning: the codebook is collapsing, {report['codes']} of {config.vocab_size} codes carry a perplexity of "
+                     f"{report['perplexity']:.0f}; a higher --kl-weight, a longer --kl-ramp or more --steps may help")
+    if training.rank() == 0:
+        draw_reconstructions(*pictures).savefig(run.folder / "tokenizer.png", dpi=100)
+    run.finish(ema.module, model.config, **report, unreadable_images=len(unreadable.names))
+    return run.folder / "model.pt"
+
+
+def draw_reconstructions(images, soft, hard):
+    """A figure of originals over their soft and hard reconstructions; each (n, 3, H, W) in [0, 1]."""
+    figure = Figure(figsize=(len(images), 3.4), layout="constrained")
+    axes = figure.subplots(3, len(images), squeeze=False)
+    for row, (label, pictures) in enumerate((("original", images), ("soft codes", soft), ("hard codes", hard))):
+        for axis, picture in zip(axes[row], pictures):
+            axis.imshow(picture.permute(1, 2, 0).float().cpu())
+            axis.set(xticks=[], yticks=[])
+        axes[row][0].set_ylabel(label)
+    return figure
+
+
+def main():
+    config = training.parse(Config, PRESETS)
+    training.show(config)
+    with training.processes(config) as device:
+        train(config, device)
+
+
+if __name__ == "__main__":
+    training.main_guard(main)

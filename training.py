@@ -1,0 +1,564 @@
+"""What the loops of all scripts share: the command line, processes and signals, schedules, parameter groups, precision,
+and the folder of a run with its checkpoints and log. The loops themselves stand in the scripts.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Ends the program with one line on stderr: what is wrong, and what would be accepted."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: one flag for each field of a frozen dataclass that has a comment
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run"""
+    preset: str | None = None    # where the defaults come from: demo (minutes on a CPU) without --data, base (the paper's) with it
+    data: str = "shapes"    # shapes, fashion-mnist, cifar10, cifar100, or a folder of images
+    data_root: str = "data"    # folder that holds the files of fashion-mnist, cifar10 and cifar100
+    out: str | None = None    # folder of this run, continued if it exists; default runs/<script>-<data>
+    fresh: bool = False    # set an existing --out aside (renamed, not deleted) and start over
+    steps: int | None = None    # optimizer steps; overrides --epochs
+    epochs: float | None = None    # passes over the training images
+    batch_size: int = 2048    # images a step, all processes and accumulated parts together
+    accumulate: int = 1    # parts a batch is computed in, to fit memory
+    lr: float = 1.5e-3    # peak learning rate; without it the preset's, times batch size / the preset's batch size
+    min_lr: float = 1e-5    # learning rate that the cosine schedule ends at; without it scaled likewise
+    warmup: float = 0.0125    # share of the steps in which the learning rate rises linearly; paper: 10 of 800 epochs
+    weight_decay: float = 0.05    # AdamW
+    clip_grad: float = 3.0    # largest norm of the gradient, 0 = no clipping
+    seed: int = 0    # of every draw
+    workers: int | None = None    # processes a rank that load data; default 8 on a GPU, 0 on a CPU, where they would slow the training down
+    device: str = "auto"    # auto (a GPU if there is one), cpu, cuda or cuda:N
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"    # auto: bf16 where the hardware multiplies it, else fp16 on a GPU, fp32 on a CPU
+    compile: bool = False    # torch.compile the model
+    log_every: int = 10    # steps between two lines of metrics.jsonl
+    save_every: int = 1000    # steps between two checkpoints
+
+    def __post_init__(self):
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: at least 1, not {getattr(self, name)}")
+        for name in ("lr", "epochs"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: above 0, not {getattr(self, name)}")
+        for name in ("min_lr", "weight_decay", "clip_grad", "workers", "seed"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: 0 or above, not {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup: a share of the steps, from 0 to 1, not {self.warmup}")
+        parts = world_size() * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(f"batch_size: {self.batch_size} does not divide into {world_size()} processes x "
+                             f"{self.accumulate} accumulated parts; {math.ceil(self.batch_size / parts) * parts} would")
+
+
+NOT_THE_RUN = ("out", "fresh", "workers", "device", "data_root")    # fields that may change when a run is continued
+
+
+def parse(Config, presets, argv=None):
+    """The resolved config from the command line: field defaults < preset < flags. Raises UserError."""
+    parser = _parser(Config, presets)
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", "base" if "data" in given else "demo")
+    if preset not in presets:
+        raise UserError(f"--preset: {_one_of(presets)}, not {preset}")
+    values = {**presets[preset], **given, "preset": preset}
+    if "steps" in given and "epochs" in given:
+        raise UserError("--steps and --epochs: give one of them")
+    if "steps" in given or "epochs" in given:
+        values["epochs" if "steps" in given else "steps"] = None
+    reference = {"min_lr": Config.min_lr, **presets[preset]}
+    scale = values.get("batch_size", 0) / reference["batch_size"]
+    for name in {"lr", "min_lr"} - given.keys():
+        values[name] = reference[name] * scale
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    script = Path(sys.argv[0]).stem if Config.__module__ == "__main__" else Config.__module__
+    values.setdefault("out", f"runs/{script}-{Path(values.get('data', 'shapes')).resolve().name}")
+    config = build(Config, values)
+    if scale != 1 and "lr" not in given:
+        say(f"lr {config.lr:g} = {reference['lr']:g} x batch {config.batch_size} / {reference['batch_size']} of preset {preset}; "
+            f"--lr sets another")
+    return config
+
+
+@contextmanager
+def naming_flags():
+    """Turn a ValueError("field: what is wrong") into the UserError "--field: what is wrong"."""
+    try:
+        yield
+    except ValueError as error:
+        field, _, rest = str(error).partition(": ")
+        raise UserError(f"--{field.replace('_', '-')}: {rest}" if rest else str(error)) from None
+
+
+def build(Config, values):
+    """Config(**values); a value that the config refuses is a UserError that names the flag."""
+    with naming_flags():
+        return Config(**values)
+
+
+def _parser(Config, presets):
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):                       # argparse would print the whole usage before it
+            unknown = re.match(r"unrecognized arguments: (\S+)", message)
+            if unknown:
+                near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
+                message = f"{unknown[1]}: no such flag" + (f"; {near[0]}?" if near else "; --help lists them")
+            raise UserError(message.removeprefix("argument "))
+
+    first_line = sys.modules[Config.__module__].__doc__.strip().split("\n\n")[0]
+    parser = Parser(description=first_line, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    hints = typing.get_type_hints(Config)
+    for cls in Config.__mro__[:-1]:
+        group = parser.add_argument_group(cls.__doc__)
+        for name, comment in re.findall(r"^    (\w+): .*?    # (.+)$", inspect.getsource(cls), flags=re.M):
+            if Config.__dataclass_fields__[name].type != cls.__dataclass_fields__[name].type:
+                continue                                # a subclass says it better
+            in_presets = ", ".join(f"{p}: {_text(v[name])}" for p, v in presets.items() if name in v)
+            default = _text(Config.__dataclass_fields__[name].default)
+            text = comment.replace("%", "%%") + (f" ({in_presets}; else {default})" if in_presets else f" ({default})")
+            flag, kind, how = "--" + name.replace("_", "-"), hints[name], {}
+            if name == "preset":
+                how = {"choices": list(presets)}
+            elif typing.get_origin(kind) is Literal:
+                how = {"choices": typing.get_args(kind)}
+            elif kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif typing.get_origin(kind) is tuple:
+                how = {"type": typing.get_args(kind)[0], "nargs": len(typing.get_args(kind))}
+            else:
+                how = {"type": (typing.get_args(kind) or (kind,))[0]}    # the first of int | None and the like
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how,
+                               **({} if "action" in how or "choices" in how else {"metavar": name.split("_")[-1].upper()}))
+    return parser
+
+
+def show(config):
+    """Print the resolved configuration, one line a group."""
+    for cls in type(config).__mro__[:-1]:
+        fields = [f for f in dataclasses.fields(cls) if f.name in cls.__annotations__]
+        if fields:
+            say(f"{cls.__doc__.splitlines()[0]}: " + ", ".join(f"{f.name} {_text(getattr(config, f.name))}" for f in fields))
+
+
+def _text(value):
+    if value is None:
+        return "none"
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _one_of(names):
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
+
+
+def steps_and_epoch(config, images):
+    """(optimizer steps of the run, steps in an epoch over that many images). An epoch's last, smaller batch is left out."""
+    if images < config.batch_size:
+        raise UserError(f"--batch-size: {config.batch_size} is more than the {images} training images of --data {config.data}")
+    per_epoch = images // config.batch_size
+    return config.steps or max(1, round(config.epochs * per_epoch)), per_epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*words):
+    """print, on the first process alone, without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+_signal = 0    # the last SIGTERM or SIGINT that came, or 0
+
+
+def _remember_signal(number, frame):
+    global _signal
+    if _signal == number == signal.SIGINT:
+        raise KeyboardInterrupt                         # asked twice: do not wait for the step to end
+    _signal = number
+
+
+@contextmanager
+def processes(config):
+    """Join the other processes of torchrun, if any, and leave them cleanly at the end. Yields this process's device.
+
+    Signals are remembered, not obeyed: Run.end_of_step acts on them.
+    """
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world_size() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    handlers = {number: signal.signal(number, _remember_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield device
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(name):
+    """torch.device for --device; with several processes on a machine, each its own GPU."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    match = re.fullmatch(r"auto|cuda(:\d+)?", name)
+    if not match:
+        raise UserError(f"--device: auto, cpu, cuda or cuda:N, not {name}")
+    if match[1]:
+        local_rank, local_size = int(match[1][1:]), local_size + int(match[1][1:])
+        if world_size() > 1:
+            raise UserError(f"--device: cuda, not {name}, for {world_size()} processes")
+    if local_rank >= gpus or local_size > gpus:
+        raise UserError(f"--device: {local_size} GPUs are needed and {gpus} are here; cpu works without")
+    return torch.device("cuda", local_rank)
+
+
+def on_first_process(function, *args):
+    """Call the function on rank 0 alone; every process gets its result, or its UserError."""
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function(*args)
+        except UserError as error:
+            answer[1] = (str(error), error.status)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise UserError(*answer[1])
+    return answer[0]
+
+
+def all_sum(tensor):
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def distribute(model, device):
+    """Average gradients over processes (DistributedDataParallel), where there is more than one."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def only_last_part_communicates(model, part, parts):
+    """While accumulating, processes exchange gradients in the last part alone."""
+    if part < parts - 1 and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def main_guard(main):
+    """Run a script's main: a UserError becomes one line on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0:
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+
+def seed_step(seed, step):
+    """Seed every draw inside the model: a function of (seed, step, rank), so that nothing has to be saved to continue."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank()) % 2 ** 63)
+
+
+def cosine(step, total, start, end):
+    """From start at step 0 to end at step total and after, along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+def warmup_cosine(step, total, peak, end, warmup_steps):
+    """The learning rate of a step: linear up to peak over warmup_steps, then half a cosine down to end (appendix, pre-training)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return cosine(step - warmup_steps, total - warmup_steps, peak, end)
+
+
+def set_lr(optimizer, lr):
+    """Set each group's learning rate to lr, times the group's own "lr_scale" if it has one. Returns lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def parameter_groups(model, weight_decay, no_decay=("cls_token", "pos_embed")):
+    """Two groups for AdamW: weight decay for all but vectors (biases, norms, gammas), [S] and E_pos (appendix)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.dim() <= 1 or name.rpartition(".")[2] in no_decay]
+    chosen = {id(p) for p in plain}
+    decayed = [p for _, p in named if id(p) not in chosen]
+    assert len(plain) + len(decayed) == len(named) and len(chosen) == len(plain)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def adamw(groups, device, betas=(0.9, 0.999), eps=1e-8):
+    """torch.optim.AdamW with the paper's betas and epsilon; the learning rate is set at each step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+def choose_precision(name, device):
+    """The dtype of matrix products, from --precision: torch.bfloat16, torch.float16 or torch.float32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    cpu = Path("/proc/cpuinfo")                         # a CPU without AMX only emulates bf16, a hundred times slower than fp32
+    return torch.bfloat16 if cpu.exists() and "amx_bf16" in cpu.read_text() else torch.float32
+
+
+class Precision:
+    """Autocast in one dtype, and the gradient scaler that float16 needs."""
+
+    def __init__(self, name, device):
+        self.dtype, self.device = choose_precision(name, device), device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def update(self, optimizer, clip_grad):
+        """Clip the gradient to norm clip_grad (0 = leave it), step, zero the gradients. Returns the norm before clipping."""
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """write(file) into a file beside path, fsync, rename: path is either what it was or complete."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_checkpoint(path, flag):
+    """The dict in a checkpoint of ours, tensors on the CPU; never runs code from the file. UserError names the flag."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} is not a file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # torch.load raises a dozen kinds for files that are not checkpoints
+        raise UserError(f"{flag}: {path} is not a checkpoint of ours ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise UserError(f"{flag}: {path} holds no model of ours")
+    return checkpoint
+
+
+class Run:
+    """The folder --out: config.json, metrics.jsonl, last.pt (all that is needed to continue), model.pt, result.json.
+
+    Opening it starts the run, continues it, finds it finished, or refuses (UserError) a folder of another configuration.
+    All processes must see the same folder; only the first writes.
+    """
+
+    def __init__(self, config, device, steps):
+        self.config, self.device, self.steps = config, device, steps
+        self.folder = Path(config.out)
+        self.finished = on_first_process(self._open)
+        self.start = 0
+        self.told = 0                                   # the signal that a process of the run received
+        self._since, self._bar = (time.perf_counter(), 0), None
+
+    def _open(self):
+        mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        theirs_file = self.folder / "config.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out: {self.folder} is a file; name a folder")
+        if self.config.fresh and theirs_file.exists() and theirs_file.stat().st_size:
+            number = next(n for n in range(1, 10_000) if not self.folder.with_name(f"{self.folder.name}.old-{n}").exists())
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.old-{number}"))
+            say(f"{self.folder} set aside as {self.folder.name}.old-{number}")
+        if theirs_file.exists():
+            try:
+                theirs = json.loads(theirs_file.read_text())
+            except ValueError:
+                raise UserError(f"--out: {theirs_file} is not readable; name another --out, or set this one aside with --fresh")
+            differ = [f"{name} ({_text(theirs.get(name))}, now {_text(mine.get(name))})" for name in {**theirs, **mine}
+                      if name not in NOT_THE_RUN and theirs.get(name) != mine.get(name)]
+            if differ:
+                raise UserError(f"--out: {self.folder} holds a run with another {', '.join(sorted(differ))}; "
+                                f"name another --out, or set this one aside with --fresh")
+            return (self.folder / "result.json").exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(theirs_file, mine)
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
+        return False
+
+    def restore(self, **parts):
+        """Load last.pt, if there is one, into the parts (anything with load_state_dict), and cut the log back to it.
+
+        Returns what save was given as notes, or {}.
+        """
+        checkpoint = self.folder / "last.pt"
+        found = on_first_process(checkpoint.exists)
+        if not found:
+            on_first_process(self._cut_log, 0)
+            return {}
+        state = read_checkpoint(checkpoint, "--out")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.start = state["step"]
+        on_first_process(self._cut_log, self.start)
+        say(f"continuing {self.folder} after step {self.start} of {self.steps}")
+        return state["notes"]
+
+    def _cut_log(self, step):
+        """Drop what was logged after the checkpoint, or half written: those steps come again."""
+        log = self.folder / "metrics.jsonl"
+        if log.exists():
+            lines = []
+            for line in log.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        lines.append(line + "\n")
+                except (ValueError, KeyError):
+                    break
+            write_atomically(log, lambda file: file.write("".join(lines).encode()))
+
+    def progress(self, label):
+        """range over the steps to do, with a progress bar on the first process if that has a terminal."""
+        self._bar = tqdm(range(self.start, self.steps), desc=label, initial=self.start, total=self.steps,
+                         disable=rank() > 0 or not sys.stderr.isatty(), unit="step", leave=False)
+        self._since = (time.perf_counter(), self.start)
+        return self._bar
+
+    def exchange(self, step, values, unreadable=()):
+        """The one all-reduce of a step. Returns the means over processes of values (a vector; its first is the loss) as
+        floats, and the names of unreadable images of all processes. Learns whether any process was told to stop.
+
+        Where the mean loss is not finite, all processes stop together: UserError, before the step changes any weight.
+        """
+        flags = [float(_signal == signal.SIGTERM), float(_signal == signal.SIGINT), float(len(unreadable))]
+        vector = all_sum(torch.cat([values.detach().double() / world_size(),
+                                    torch.tensor(flags, dtype=torch.float64, device=self.device)]))
+        *means, terminated, interrupted, bad = vector.tolist()
+        self.told = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+        if not math.isfinite(means[0]):
+            last = self.folder / "last.pt"
+            raise UserError(f"step {step}: the loss is {means[0]}; "
+                            f"{f'{last} is the checkpoint before it' if last.exists() else 'there was no checkpoint before it'}; "
+                            f"try a lower --lr, or --precision bf16 or fp32", status=1)
+        if bad and dist.is_initialized():
+            everyone = [None] * world_size()
+            dist.all_gather_object(everyone, list(unreadable))
+            unreadable = [name for names in everyone for name in names]
+        return means, list(unreadable)
+
+    def log(self, step, **values):
+        """Append one line to metrics.jsonl at every --log-every'th step, the first and the last, or where more is to say.
+
+        step counts finished steps, from 1. values: plain numbers, loss and lr among them.
+        """
+        now, (then, before) = time.perf_counter(), self._since
+        if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or "val_loss" in values):
+            return
+        values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
+        self._since = (now, step)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {values['loss']:.3f}")
+        if step % max(1, self.steps // 10) < self.config.log_every or "val_loss" in values:
+            say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def end_of_step(self, step, **parts):
+        """Write last.pt if it is time, or if any process was told to stop; in that case, leave as the signal says."""
+        if self.told or step % self.config.save_every == 0 or step == self.steps:
+            self.save(step, **parts)
+        if self.told:
+            say(f"{self.told.name}: stopped after step {step} of {self.steps}; the same command continues")
+            if dist.is_initialized():
+                dist.barrier()
+            signal.signal(self.told, signal.SIG_DFL)
+            os.kill(os.getpid(), self.told)
+
+    def save(self, step, *, notes=None, **parts):
+        """last.pt, from the parts' state_dicts."""
+        if rank() == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            write_atomically(self.folder / "last.pt", lambda file: torch.save({"step": step, "notes": notes or {}, **state}, file))
+
+    def finish(self, model, config, **result):
+        """model.pt (weights and the model's config, what --init and --tokenizer take) and result.json: the run is finished."""
+        if rank() == 0:
+            kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
+            write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
+            write_json(self.folder / "result.json", result)
