@@ -242,7 +242,7 @@ def centre_box(width, height):
     return (width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2
 
 
-class TwoViews(Dataset):
+class Views(Dataset):
     """For (epoch, index): the image for the patches, the same crop for the tokenizer, and a mask over the patch grid.
 
     Training: one random resized crop, one flip, one colour jitter (brightness, contrast, saturation, in random order; after

@@ -102,10 +102,9 @@ class DiscreteVAE(nn.Module):
 
     def __init__(self, vocab_size=8192, hidden=256, groups=4, blocks_per_group=2, in_channels=3):
         super().__init__()
-        for name, value, least in (("vocab_size", vocab_size, 2), ("hidden", hidden, 4), ("groups", groups, 1),
-                                   ("blocks_per_group", blocks_per_group, 1)):
-            if value < least:
-                raise ValueError(f"{name}: at least {least}, not {value}")
+        if vocab_size < 2 or hidden < 4 or groups < 1 or blocks_per_group < 1:
+            raise ValueError(f"vocab_size must be at least 2, hidden 4, groups 1 and blocks_per_group 1, not {vocab_size}, "
+                             f"{hidden}, {groups} and {blocks_per_group}")
         self.config = dict(vocab_size=vocab_size, hidden=hidden, groups=groups, blocks_per_group=blocks_per_group,
                            in_channels=in_channels)
         self.vocab_size = vocab_size
@@ -217,6 +216,9 @@ class Config(training.RunConfig):
         for name in ("temperature", "crop_scale"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: above 0, up to 1, not {getattr(self, name)}")
+        for name, least in (("vocab_size", 2), ("hidden", 4), ("groups", 1), ("blocks_per_group", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: at least {least}, not {getattr(self, name)}")
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight: 0 or above, not {self.kl_weight}")
         if self.image_size < 1 or self.image_size % 2 ** (self.groups - 1):
@@ -266,8 +268,8 @@ def train(config, device):
         source, held_out = (data.open_images(config.data, config.data_root, split) for split in ("train", "val"))
         torch.manual_seed(config.seed)
         model = DiscreteVAE(config.vocab_size, config.hidden, config.groups, config.blocks_per_group)
-    views = data.TwoViews(source, [config.image_size], (1, 1), seed=config.seed, crop_scale=config.crop_scale, jitter=config.jitter)
-    val_views = data.TwoViews(held_out, [config.image_size], (1, 1), seed=config.seed, train=False)
+    views = data.Views(source, [config.image_size], (1, 1), seed=config.seed, crop_scale=config.crop_scale, jitter=config.jitter)
+    val_views = data.Views(held_out, [config.image_size], (1, 1), seed=config.seed, train=False)
     total, per_epoch = training.steps_and_epoch(config, len(source))
     run = training.Run(config, device, total)
     if run.finished:
@@ -333,7 +335,7 @@ def draw_reconstructions(images, soft, hard):
     axes = figure.subplots(3, len(images), squeeze=False)
     for row, (label, pictures) in enumerate((("original", images), ("soft codes", soft), ("hard codes", hard))):
         for axis, picture in zip(axes[row], pictures):
-            axis.imshow(picture.permute(1, 2, 0).float().cpu())
+            axis.imshow(picture.permute(1, 2, 0).float().cpu().numpy())
             axis.set(xticks=[], yticks=[])
         axes[row][0].set_ylabel(label)
     return figure

@@ -18,7 +18,7 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
     rng         numpy.random.Generator.
     min_block   the smallest block drawn, in patches; None scales the paper's 16 of 196 to this grid.
     min_aspect  a block's height / width is uniform between min_aspect and 1 / min_aspect.
-    exact       True: exactly num_masked patches, the last block giving up the rows that are too many. Equal counts
+    exact       True: exactly num_masked patches, the last block giving up what is too much on one side. Equal counts
                 make static shapes, and give each image the same weight in the loss.
                 False: as printed, which stops at the first block that takes the count above num_masked.
     log_aspect  True: the aspect ratio is log-uniform, as in the released code, so that tall and wide are equally likely.
@@ -46,8 +46,9 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
         block = mask[t:t + a, l:l + b]
         added = a * b - int(np.count_nonzero(block))
         if exact and masked + added > target:
-            free = np.flatnonzero(~block)                              # from the block's top, or from its bottom
-            block.flat[free[:target - masked] if side < 0.5 else free[masked - target:]] = True
+            part = block if side < 0.5 else block.T                    # keep it from one of its four sides on
+            free = np.flatnonzero(~part)
+            part.flat[free[:target - masked] if 4 * side % 2 < 1 else free[masked - target:]] = True
             return mask
         if masked + added == h * w:
             continue                                                   # nothing would be left to see

@@ -23,7 +23,7 @@ import vit
 class Config(training.RunConfig, vit.ViTConfig):
     """Masked image modeling"""
     tokenizer: str | None = None    # model.pt of `python dvae.py`; without it one is trained first, in <out>/tokenizer
-    tokenizer_preset: Literal["demo", "small", "base"] = "base"    # dvae.py preset of the tokenizer that is trained without --tokenizer
+    tokenizer_preset: Literal["demo", "small", "base"] = "small"    # dvae.py preset of the tokenizer that is trained without --tokenizer
     tokenizer_steps: int | None = None    # its steps; default: its preset's, but no more than this run's
     token_image_size: int | None = None    # pixels a side of the tokenizer's view; default: the patch grid times what the tokenizer reduces by
     masking: Literal["blockwise", "random", "none"] = "blockwise"    # Algorithm 1, or one of the ablations of Table 4
@@ -73,8 +73,8 @@ def paper_preset(name, **more):
 
 
 PRESETS = {
-    "demo": dict(steps=300, batch_size=64, lr=2e-3, min_lr=2e-5, warmup=0.1, image_size=64, patch_size=8, dim=128,
-                 depth=4, heads=4, drop_path=0.0, crop_scale=0.3, tokenizer_preset="demo", log_every=1, save_every=50, eval_every=300),
+    "demo": dict(steps=400, batch_size=64, lr=3e-3, min_lr=3e-5, warmup=0.1, image_size=64, patch_size=8, dim=128,
+                 depth=4, heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.3, tokenizer_preset="demo", log_every=1, save_every=50, eval_every=400),
     "tiny": paper_preset("tiny"),
     "small": paper_preset("small"),
     "base": paper_preset("base"),
@@ -110,21 +110,27 @@ def loss_and_accuracy(outputs, targets):
     return F.mse_loss(outputs, targets), outputs.new_tensor(math.nan)
 
 
-def open_tokenizer(config, device):
-    """The tokenizer to predict the tokens of, frozen: --tokenizer, or one that is trained here first."""
-    path = config.tokenizer
-    if path is None:
-        path = dvae.train(tokenizer_config(config), device)
-    return dvae.load(path).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
 def tokenizer_config(config):
+    """What `dvae.py` would be told to train a tokenizer for this run, in <out>/tokenizer."""
     preset = dvae.PRESETS[config.tokenizer_preset]
-    groups = preset.get("groups", dvae.Config.groups)
-    steps = config.tokenizer_steps or min(preset["steps"], config.steps or preset["steps"])
+    world = training.world_size()
+    batch_size = math.ceil(min(preset["batch_size"], config.batch_size) / world) * world
     shared = {name: getattr(config, name) for name in ("data", "data_root", "seed", "workers", "device", "precision", "compile")}
-    return training.build(dvae.Config, {**preset, **shared, "preset": config.tokenizer_preset, "steps": steps,
-                                        "image_size": config.grid[0] * 2 ** (groups - 1), "out": str(Path(config.out) / "tokenizer")})
+    return training.build(dvae.Config, {
+        **preset, **shared, "preset": config.tokenizer_preset, "out": str(Path(config.out) / "tokenizer"),
+        "steps": config.tokenizer_steps or min(preset["steps"], config.steps or preset["steps"]),
+        "batch_size": batch_size, "lr": preset["lr"] * batch_size / preset["batch_size"],
+        "image_size": config.grid[0] * 2 ** (preset.get("groups", dvae.Config.groups) - 1)})
+
+
+def token_image_size(config, downsample):
+    """Pixels a side of the tokenizer's view, so that its grid is the patches'. UserError where --token-image-size breaks that."""
+    fits = config.grid[0] * downsample
+    if config.token_image_size not in (None, fits):
+        tokens = config.token_image_size / downsample
+        raise training.UserError(f"--token-image-size: {config.token_image_size} makes a {tokens:g}x{tokens:g} token grid, the patch "
+                                 f"grid is {config.grid[0]}x{config.grid[1]}; {fits} matches")
+    return fits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,13 +165,12 @@ def evaluate(model, batches, config, tokenizer, precision, device):
 
 def inputs_and_targets(batch, config, tokenizer, precision, device):
     """images (B, 3, H, W), mask and predict (B, h, w) bool, and the targets of the M places to predict."""
-    images, token_images, mask, _ = batch
-    images, token_images, mask = (tensor.to(device, non_blocking=True) for tensor in (images, token_images, mask))
+    images, *token_images, mask = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
     images = data.to_float(images)
     predict = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
         with precision.autocast():
-            targets = tokenizer.tokenize(data.to_float(token_images).contiguous(memory_format=torch.channels_last))
+            targets = tokenizer.tokenize(data.to_float(token_images[0]).contiguous(memory_format=torch.channels_last))
     else:
         targets = patch_pixels(images, config)
     return images, mask, predict, targets[predict]                     # (M,) tokens or (M, C P P) pixels
@@ -174,12 +179,12 @@ def inputs_and_targets(batch, config, tokenizer, precision, device):
 @torch.no_grad()
 def predictions(model, batch, config, tokenizer, device):
     """What draw_predictions shows: images with masked patches grey, the tokenizer's best, the prediction; (B, 3, ., .)."""
-    images, token_images, mask, _ = batch
-    images, mask = data.to_float(images.to(device)), mask.to(device)
+    images, *token_images, mask = (tensor.to(device) for tensor in batch[:-1])
+    images = data.to_float(images)
     outputs = model.eval()(images, mask, torch.ones_like(mask)).unflatten(0, mask.shape)                 # (B, h, w, V)
     shown = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
-        tokens = tokenizer.tokenize(data.to_float(token_images.to(device)))
+        tokens = tokenizer.tokenize(data.to_float(token_images[0]))
         ceiling, predicted = tokenizer.decode(tokens), tokenizer.decode(torch.where(shown, outputs.argmax(-1), tokens))
     else:
         pixels = patch_pixels(images, config)
@@ -203,7 +208,7 @@ def draw_predictions(images, masked, ceiling, predicted, ceiling_label="tokenize
                 if row == 0:
                     axes[row][column].set_title(label, fontsize=10)
                 if half * rows + row < len(images):
-                    axes[row][column].imshow(pictures[half * rows + row].permute(1, 2, 0).float().cpu(), interpolation="nearest")
+                    axes[row][column].imshow(pictures[half * rows + row].permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
     return figure
 
 
@@ -222,22 +227,27 @@ def train(config, device):
     with training.naming_flags():
         source, held_out = (data.open_images(config.data, config.data_root, split) for split in ("train", "val"))
     total, per_epoch = training.steps_and_epoch(config, len(source))
-    tokenizer = open_tokenizer(config, device) if config.tokenizer else None
+    tokenizer = dvae.load(config.tokenizer) if config.tokenizer else None
+    sizes = [config.image_size]
+    if config.target == "tokens":
+        to_train = None if tokenizer else tokenizer_config(config)
+        sizes.append(token_image_size(config, tokenizer.downsample if tokenizer else 2 ** (to_train.groups - 1)))
     run = training.Run(config, device, total)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
-    if config.target == "tokens" and not tokenizer:
-        tokenizer = open_tokenizer(config, device)
-    sizes = [config.image_size, token_image_size(config, tokenizer)]
-    views, val_views = (data.TwoViews(images, sizes, config.grid, num_masked=config.num_masked, masking=config.masking,
+
+    if config.target == "tokens":
+        tokenizer = tokenizer or dvae.load(dvae.train(to_train, device))
+        tokenizer.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    views, val_views = (data.Views(images, sizes, config.grid, num_masked=config.num_masked, masking=config.masking,
                                       seed=config.seed, train=images is source, crop_scale=config.crop_scale,
                                       jitter=config.jitter, exact=config.exact_masks, log_aspect=config.log_aspect)
                         for images in (source, held_out))
     here = dict(rank=training.rank(), world_size=training.world_size())
 
     torch.manual_seed(config.seed)
-    outputs = tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2
-    model = vit.MaskedImageModel(config.backbone, outputs).to(device)
+    model = vit.MaskedImageModel(config.backbone, tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2)
+    model.to(device)
     optimizer = training.adamw(training.parameter_groups(model, config.weight_decay), device)
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
@@ -283,20 +293,8 @@ def train(config, device):
     if training.rank() == 0:
         batch = next(iter(data.val_loader(val_views, dataclasses.replace(config, batch_size=12, accumulate=1, workers=0), device, rank=0, world_size=1)))
         draw_predictions(*predictions(model, batch, config, tokenizer, device)).savefig(run.folder / "predictions.png", dpi=100)
-    run.finish(model, {"vit": dataclasses.asdict(config.backbone), "vocab_size": outputs}, **report, **baselines,
+    run.finish(model, {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}, **report, **baselines,
                unreadable_images=len(unreadable.names))
-
-
-def token_image_size(config, tokenizer):
-    """Pixels a side of the tokenizer's view, so that its grid is the patches'. UserError where --token-image-size breaks that."""
-    if tokenizer is None:
-        return config.image_size
-    fits = config.grid[0] * tokenizer.downsample
-    if config.token_image_size not in (None, fits):
-        tokens = config.token_image_size / tokenizer.downsample
-        raise training.UserError(f"--token-image-size: {config.token_image_size} makes a {tokens:g}x{tokens:g} token grid, the patch "
-                                 f"grid is {config.grid[0]}x{config.grid[1]}; {fits} matches")
-    return fits
 
 
 if __name__ == "__main__":

@@ -133,10 +133,13 @@ def _parser(Config, presets):
             if unknown:
                 near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
                 message = f"{unknown[1]}: no such flag" + (f"; {near[0]}?" if near else "; --help lists them")
+            kind = re.match(r"argument (\S+): invalid (int|float) value: '(.*)'", message)
+            if kind:
+                message = f"{kind[1]}: {'a whole number' if kind[2] == 'int' else 'a number'}, not {kind[3]}"
             raise UserError(message.removeprefix("argument "))
 
     first_line = sys.modules[Config.__module__].__doc__.strip().split("\n\n")[0]
-    parser = Parser(description=first_line, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser = Parser(usage="%(prog)s [flags]", description=first_line, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     hints = typing.get_type_hints(Config)
     for cls in Config.__mro__[:-1]:
         group = parser.add_argument_group(cls.__doc__)
@@ -414,7 +417,8 @@ def read_checkpoint(path, flag):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                          # torch.load raises a dozen kinds for files that are not checkpoints
-        raise UserError(f"{flag}: {path} is not a checkpoint of ours ({str(error).splitlines()[0][:100]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{flag}: {path} is not a checkpoint of ours ({reason})") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise UserError(f"{flag}: {path} holds no model of ours")
     return checkpoint

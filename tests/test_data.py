@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+import data
+from data import CorruptImages, Folder, GlobalBatches, Shapes, Views, held_out_batches, open_images
+
+CPU = torch.device("cpu")
+
+
+def views(source=None, **more):
+    return Views(source or Shapes("train"), [32, 16], (4, 4), **{"num_masked": 6, "masking": "blockwise", **more})
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3]))
+
+
+# shapes --------------------------------------------------------------------------------------------------------------
+
+def test_scenes_are_a_function_of_their_index():
+    image, label, classes = data.render_scene("train", 3)
+    data.render_scene.cache_clear()
+    again = data.render_scene("train", 3)
+    assert (image == again[0]).all() and label == again[1] and (classes == again[2]).all()
+    assert (image != data.render_scene("train", 4)[0]).any() and (image != data.render_scene("val", 3)[0]).any()
+
+
+def test_scenes_show_what_they_say():
+    labels = set()
+    for index in range(300):
+        image, label, classes = data.render_scene("val", index)
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and classes.max() <= len(data.SHAPES)
+        assert (classes == label + 1).mean() > 0.02                    # the main object can be seen
+        labels.add(label)
+    assert len(labels) == len(data.SHAPES) >= 8
+
+
+def test_class_maps_lie_on_the_objects():
+    """Painting every object with its map's mean colour comes much closer to the image than a shifted map does."""
+    def error(shift):
+        total = 0
+        for index in range(40):
+            image, _, classes = data.render_scene("val", index)
+            moved = np.roll(classes, shift, (0, 1))
+            total += sum(image[moved == c].std(0).sum() * (moved == c).sum() for c in np.unique(moved) if c)
+        return total
+    assert error((0, 0)) < 0.6 * error((8, 8))
+
+
+# draws ---------------------------------------------------------------------------------------------------------------
+
+def test_draws_depend_on_seed_epoch_and_index_alone():
+    first = views()[2, 7]
+    np.random.seed(1), torch.manual_seed(1)
+    assert same(first, views()[2, 7])
+    for other in (views()[3, 7], views()[2, 8], views(seed=1)[2, 7]):
+        assert not torch.equal(first[0], other[0])
+    masks = {tuple(views()[epoch, index][2].flatten().tolist()) for epoch in range(3) for index in range(3)}
+    assert len(masks) > 5
+
+
+def test_held_out_images_are_not_augmented():
+    fixed = views(train=False)
+    assert torch.equal(fixed[0, 5][0], fixed[1, 5][0]) and not same(fixed[0, 5], views()[0, 5])
+
+
+def test_the_two_views_are_the_same_crop():
+    for index in range(40):
+        patches, tokens, *_ = views(crop_scale=0.2)[0, index]
+        half = torch.nn.functional.avg_pool2d(patches.float(), 2)
+        assert (half - tokens.float()).abs().mean() < 6                # of 255
+        mirrored = (half.flip(2) - tokens.float()).abs().mean()
+        assert mirrored > (half - tokens.float()).abs().mean()
+
+
+def test_crops_are_distributed_as_in_torchvision():
+    rng = np.random.default_rng(0)
+    boxes = np.array([data.random_crop_box(400, 300, rng, (0.2, 1.0)) for _ in range(4000)])
+    torch.manual_seed(0)
+    blank = Image.new("L", (400, 300))
+    theirs = np.array([RandomResizedCrop.get_params(blank, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], 1)    # top, left, h, w
+    assert np.allclose(ours.mean(0), theirs.mean(0), rtol=0.05) and np.allclose(ours.std(0), theirs.std(0), rtol=0.05)
+    assert (ours.min(0) >= 0).all() and boxes[:, 2].max() <= 400 and boxes[:, 3].max() <= 300
+    assert data.random_crop_box(1000, 10, rng, (0.9, 1.0)) == (493, 0, 506, 10)    # nothing fits: the centre, at 4:3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(workers):
+    def load(workers):
+        batches = GlobalBatches(30, 6, seed=0, start=1, stop=7)
+        return list(data._loader(views(), batches, workers, CPU))
+    for a, b in zip(load(0), load(workers), strict=True):
+        assert same(a, b)
+
+
+# batches -------------------------------------------------------------------------------------------------------------
+
+def test_processes_and_parts_share_one_global_batch():
+    whole = list(GlobalBatches(50, 12, seed=3, start=0, stop=9))
+    for world, parts in ((1, 3), (2, 1), (3, 2), (4, 3)):
+        ranks = [list(GlobalBatches(50, 12, seed=3, start=0, stop=9, parts=parts, rank=r, world_size=world)) for r in range(world)]
+        for step in range(9):
+            pieces = [key for part in range(parts) for r in range(world) for key in ranks[r][step * parts + part]]
+            assert pieces == whole[step]
+
+
+def test_continuing_gives_the_batches_that_were_left():
+    whole = list(GlobalBatches(50, 12, seed=3, start=0, stop=9))
+    assert list(GlobalBatches(50, 12, seed=3, start=5, stop=9)) == whole[5:]
+
+
+def test_an_epoch_shows_no_image_twice():
+    keys = [key for batch in GlobalBatches(50, 12, seed=3, start=0, stop=8) for key in batch]
+    assert len(set(keys)) == 96 and {epoch for epoch, _ in keys} == {0, 1}
+
+
+@pytest.mark.parametrize("images, batch, world", [(10, 4, 1), (10, 4, 3), (2, 8, 3), (7, 1, 2)])
+def test_held_out_images_are_counted_once(images, batch, world):
+    seen = [index for rank in range(world) for b in held_out_batches(images, batch, rank=rank, world_size=world) for _, index in b]
+    assert sorted(seen) == list(range(images))
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+
+def picture(width=40, height=30):
+    """Red on top, blue below, brighter to the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:height // 2, :, 0] = pixels[height // 2:, :, 2] = np.linspace(100, 255, width)
+    return Image.fromarray(pixels)
+
+
+def test_files_of_every_mode(tmp_path):
+    image = picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                   # show turned by 90 degrees clockwise
+    image.convert("L").save(tmp_path / "grey.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    image.convert("P").save(tmp_path / "palette.gif")
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    image.convert("1").save(tmp_path / "bilevel.png")
+    loaded = {}
+    folder = Folder(data.image_paths(tmp_path))
+    for index in range(len(folder)):
+        loaded[folder.paths[index].name] = folder.image(index)
+    assert len(loaded) == 7 and all(image.mode == "RGB" for image in loaded.values())
+    assert loaded["turned.jpg"].size == (30, 40)
+    assert np.asarray(loaded["turned.jpg"])[:, 25].mean(0)[0] > 100 > np.asarray(loaded["turned.jpg"])[:, 5].mean(0)[0]
+    assert np.asarray(loaded["clear.png"]).min() == 255                # over white
+    for name, tolerance in (("cmyk.jpg", 12), ("palette.gif", 30)):
+        assert abs(np.asarray(loaded[name]).astype(int) - np.asarray(image)).mean() < tolerance
+    assert abs(np.asarray(loaded["deep.png"]).astype(int) - np.asarray(loaded["grey.png"])).max() <= 1
+
+
+def fill(folder, count, size=20):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        picture(size, size).save(folder / f"{i:04}.png")
+
+
+def test_which_files_are_held_out(tmp_path):
+    fill(tmp_path / "loose" / "deep" / "down", 60)
+    train, val = (open_images(str(tmp_path / "loose"), "", split).paths for split in ("train", "val"))
+    assert len(val) == 2 and len(train) == 58 and not set(train) & set(val)
+    fill(tmp_path / "split" / "train" / "cat", 3)
+    fill(tmp_path / "split" / "validation" / "cat", 2)
+    assert len(open_images(str(tmp_path / "split"), "", "train")) == 3
+    assert len(open_images(str(tmp_path / "split"), "", "val")) == 2
+
+
+def test_wrong_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in ((tmp_path / "empty", "data: no images under"), (tmp_path / "absent", "data: .* is not a folder")):
+        with pytest.raises(ValueError, match=message):
+            open_images(str(name), "", "train")
+    with pytest.raises(ValueError, match="data_root: .*FashionMNIST/raw"):
+        open_images("fashion-mnist", str(tmp_path), "train")
+
+
+def test_corrupt_files_are_replaced_and_counted(tmp_path):
+    fill(tmp_path, 10)
+    paths = data.image_paths(tmp_path)
+    paths[3].write_bytes(b"")
+    paths[4].write_bytes(paths[4].read_bytes()[:60])
+    folder = Views(Folder(paths), [16], (4, 4), train=False)
+    view, _, unreadable = folder[0, 3]
+    assert unreadable == [str(paths[3]), str(paths[4])] and torch.equal(view, folder[0, 5][0])
+    *_, names = next(iter(data._loader(folder, [[(0, 3), (0, 5), (0, 4)]], 0, CPU)))
+    assert names == [str(paths[3]), str(paths[4]), str(paths[4])]
+
+
+def test_only_corrupt_files(tmp_path):
+    fill(tmp_path, 3)
+    for path in data.image_paths(tmp_path):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="data: 20 images in a row"):
+        Views(Folder(data.image_paths(tmp_path)), [16], (4, 4), train=False)[0, 0]
+
+
+def test_more_than_one_percent_corrupt_is_an_error():
+    said = []
+    log = CorruptImages(1000, said.append)
+    log.add(0, [f"{i}.jpg" for i in range(10)])
+    log.add(0, [])
+    log.add(1, [f"{i}.jpg" for i in range(10)])                        # the next epoch starts anew, and says nothing again
+    assert len(said) == 10 and "0.jpg" in said[0] and len(log.names) == 10
+    with pytest.raises(ValueError, match="1 % .*0.jpg, 1.jpg, .*9.jpg$"):
+        log.add(1, ["10.jpg"])

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+
+import dvae
+from dvae import DiscreteVAE, kl_to_uniform, logit_laplace_nll, map_pixels, perplexity, unmap_pixels
+
+
+def small(seed=0, **more):
+    torch.manual_seed(seed)
+    return DiscreteVAE(**{"vocab_size": 32, "hidden": 8, "groups": 3, "blocks_per_group": 1, **more})
+
+
+def test_logit_laplace_by_hand():
+    # x = 1/2: logit 0, x (1 - x) = 1/4. b = 1, mu = 2: f = exp(-2) / (2 * 1/4), so -ln f = ln(1/2) + 2
+    value = logit_laplace_nll(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(0.0))
+    assert value.item() == pytest.approx(math.log(0.5) + 2)
+    # b = e: ln b = 1 and |logit - mu| / b = 2 / e
+    value = logit_laplace_nll(torch.tensor(0.5), torch.tensor(2.0), torch.tensor(1.0))
+    assert value.item() == pytest.approx(math.log(0.5) + 1 + 2 / math.e)
+
+
+@pytest.mark.parametrize("mu, log_b", [(0.0, 0.0), (1.5, -1.0), (-0.5, 0.5)])
+def test_logit_laplace_is_a_density(mu, log_b):
+    x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    total = torch.exp(-logit_laplace_nll(x, torch.tensor(mu), torch.tensor(log_b))).mean()
+    assert total.item() == pytest.approx(1, abs=1e-3)
+
+
+def test_kl_to_uniform_by_hand():
+    q = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1 - 3e-9, 1e-9, 1e-9, 1e-9], [0.5, 0.5 - 2e-9, 1e-9, 1e-9]])
+    assert kl_to_uniform(q.log()).tolist() == pytest.approx([0, math.log(4), math.log(2)], abs=1e-6)
+
+
+def test_pixels_are_squeezed_and_back():
+    x = torch.rand(5)
+    assert map_pixels(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
+    torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
+
+
+def test_elbo_is_reduced_as_stated():
+    model = small().eval()
+    images = torch.rand(2, 3, 16, 24)
+    reconstruction, kl, output = model(images, temperature=0.7)
+    logits = model.encode(images)                                      # (B, V, h, w)
+    assert logits.shape == (2, 32, 4, 6) and output.shape == images.shape
+    log_q = logits.log_softmax(1)
+    per_token = math.log(32) + (log_q.exp() * log_q).sum(1)
+    assert kl.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
+    z = (logits / 0.7).softmax(1)
+    six = model.decoder.blocks(z)                                      # the plain way: a 1x1 convolution over V channels
+    mu, log_b = six[:, :3], six[:, 3:]
+    x = 0.8 * images + 0.1
+    nll = math.log(2) + log_b + (x * (1 - x)).log() + (torch.logit(x) - mu).abs() / log_b.exp()
+    assert reconstruction.item() == pytest.approx(nll.mean().item(), rel=1e-5)
+    torch.testing.assert_close(output, ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_cold_codes_are_hard_codes():
+    model = small().eval()
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, 1e-6).images, model.decode(model.tokenize(images)), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens():
+    model = small()
+    images = torch.rand(2, 3, 16, 24)
+    tokens = model.tokenize(images)                                    # in training mode, and still without noise
+    assert tokens.dtype == torch.int64 and tokens.shape == (2, 4, 6) and model.downsample == 4
+    assert torch.equal(tokens, model.encode(images).argmax(1))
+
+
+def test_noise_is_gumbel():
+    """argmax of logits + Gumbel noise is a draw from softmax(logits): at a low temperature, code frequencies are q."""
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(200_000, 3)
+    torch.manual_seed(0)
+    drawn = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+    torch.testing.assert_close(drawn.bincount() / len(drawn), logits[0].softmax(0), atol=5e-3, rtol=0)
+
+
+def test_noise_in_training_only():
+    model = small()
+    images = torch.rand(1, 3, 16, 16)
+    assert not torch.equal(model(images, 1.0).images, model(images, 1.0).images)
+    model.eval()
+    assert torch.equal(model(images, 1.0).images, model(images, 1.0).images)
+
+
+def test_initial_codes_are_all_over_the_images():
+    model = small(vocab_size=256)
+    images = torch.rand(32, 3, 16, 16).cumsum(2).cumsum(3) / 256
+    before = model.tokenize(images).unique().numel()
+    model.initialise_codes(images)
+    used = model.tokenize(images).unique().numel()
+    assert used > 150 > 3 * before
+    confidence = model.encode(images).softmax(1).amax(1).mean()
+    assert 0.02 < confidence < 0.9                                     # neither noise nor a hard choice
+
+
+def test_perplexity():
+    assert perplexity(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(4)
+    assert perplexity(torch.tensor([7, 0, 0])) == pytest.approx(1)
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        small().encode(torch.rand(1, 3, 18, 16))
+    with pytest.raises(ValueError, match="vocab_size must be at least 2"):
+        small(vocab_size=1)
+
+
+def test_full_size_and_initialisation():
+    torch.manual_seed(0)
+    model = DiscreteVAE()
+    assert sum(p.numel() for p in model.encoder.parameters()) == pytest.approx(53.8e6, rel=2e-3)
+    assert model.encoder.blocks.group_2.block_1.post_gain == 1 / 64 and model.downsample == 8
+    for conv in (model.encoder.blocks.input, model.encoder.blocks.group_3.block_1.res_path.conv_2, model.decoder.blocks.output.conv):
+        assert conv.w.std().item() == pytest.approx(conv.w[0].numel() ** -0.5, rel=0.05) and not conv.b.any()
+    names = set(model.encoder.state_dict())
+    assert {"blocks.input.w", "blocks.group_1.block_1.res_path.conv_1.b", "blocks.group_2.block_1.id_path.w",
+            "blocks.output.conv.w"} <= names and "blocks.group_1.block_1.id_path.w" not in names
+
+
+def test_equals_the_dall_e_package():
+    dall_e = pytest.importorskip("dall_e")
+    ours = small(hidden=16, groups=4, blocks_per_group=2, vocab_size=64).eval()
+    common = dict(group_count=4, n_hid=16, n_blk_per_group=2, vocab_size=64, requires_grad=False)
+    encoder, decoder = dall_e.Encoder(input_channels=3, **common), dall_e.Decoder(n_init=128, output_channels=3, **common)
+    ours.encoder.load_state_dict(encoder.state_dict(), strict=True)
+    ours.decoder.load_state_dict(decoder.state_dict(), strict=True)
+    for size in (16, 40):
+        images = torch.rand(2, 3, size, size)
+        logits = encoder(dall_e.map_pixels(images))
+        torch.testing.assert_close(ours.encode(images), logits, atol=1e-5, rtol=1e-5)
+        z = torch.nn.functional.one_hot(logits.argmax(1), 64).permute(0, 3, 1, 2).float()
+        theirs = dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3]))
+        torch.testing.assert_close(ours.decode(logits.argmax(1)), theirs, atol=1e-5, rtol=1e-5)

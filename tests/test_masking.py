@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+
+from masking import blockwise_mask, random_mask
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def neighbours(mask):
+    """Mean number of masked direct neighbours of a masked patch."""
+    padded = np.pad(mask, 1).astype(int)
+    around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+    return around[mask].mean()
+
+
+@pytest.mark.parametrize("draw", [blockwise_mask, random_mask])
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (3, 7), (8, 8), (14, 14), (1, 64), (64, 64)])
+def test_exact_count_at_every_ratio(draw, grid):
+    cells = grid[0] * grid[1]
+    for ratio in (0.0, 0.1, 0.4, 0.75, 1.0):
+        wanted = min(max(1, int(ratio * cells)), cells - 1)
+        for seed in range(5):
+            mask = draw(grid, wanted, rng(seed))
+            assert mask.shape == grid and mask.dtype == bool and mask.sum() == wanted
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 7), (8, 8), (14, 14), (64, 64)])
+def test_as_printed_stops_after_crossing(grid):
+    cells = grid[0] * grid[1]
+    for wanted in {1, int(0.4 * cells), cells - 2}:
+        for seed in range(20):
+            assert wanted < blockwise_mask(grid, wanted, rng(seed), exact=False).sum() < cells
+
+
+def test_as_printed_overshoots_by_less_than_a_block():
+    counts = [blockwise_mask((14, 14), 78, rng(seed), exact=False).sum() for seed in range(500)]
+    assert min(counts) == 79 and max(counts) <= 78 + 18 and len(set(counts)) > 3    # 16 patches, and rounding of its sides
+
+
+@pytest.mark.parametrize("wanted, exact", [(0, True), (4, True), (-1, True), (3, False), (1.5, True)])
+def test_impossible_requests(wanted, exact):
+    with pytest.raises(ValueError, match="num_masked"):
+        blockwise_mask((2, 2), wanted, rng(), exact=exact)
+
+
+def test_a_grid_of_one_patch_has_no_mask():
+    for draw in (blockwise_mask, random_mask):
+        with pytest.raises(ValueError):
+            draw((1, 1), 1, rng())
+
+
+@pytest.mark.parametrize("options", [{"min_block": 0}, {"min_block": 197}, {"min_aspect": 0}, {"min_aspect": 1.1}])
+def test_impossible_blocks(options):
+    with pytest.raises(ValueError, match="min_block"):
+        blockwise_mask((14, 14), 75, rng(), **options)
+
+
+def test_blocks_not_dots():
+    blocks = np.mean([neighbours(blockwise_mask((14, 14), 75, rng(seed))) for seed in range(200)])
+    dots = np.mean([neighbours(random_mask((14, 14), 75, rng(seed))) for seed in range(200)])
+    assert blocks > 3.0 > 2.0 > dots
+
+
+def test_the_generator_decides_alone():
+    np.random.seed(0)
+    first = blockwise_mask((14, 14), 75, rng(5))
+    np.random.seed(1)
+    assert (first == blockwise_mask((14, 14), 75, rng(5))).all()
+    assert (first != blockwise_mask((14, 14), 75, rng(6))).any()
+
+
+def test_smallest_block_scales_with_the_grid():
+    for grid, block in (((14, 14), 16), ((8, 8), 5), ((28, 28), 64), ((2, 2), 1)):
+        wanted = int(0.4 * grid[0] * grid[1])
+        for seed in range(10):
+            assert (blockwise_mask(grid, wanted, rng(seed)) == blockwise_mask(grid, wanted, rng(seed), min_block=block)).all()
+
+
+class Draws:
+    """A generator whose uniform draws are those given, for every block."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def random(self, shape):
+        return np.tile(self.values, (shape[0], 1))
+
+    def choice(self, cells, count, replace):
+        return cells[-count:]
+
+
+@pytest.mark.parametrize("options", [{}, {"log_aspect": True}])
+def test_a_block_has_the_drawn_size_aspect_and_place(options):
+    for r, t, l, box in ((0, 0, 0, (0, 0, 4, 16)), (0, 0.999, 0.999, (16, 4, 20, 20)), (0.99999, 0.5, 0, (2, 0, 18, 4))):
+        mask = blockwise_mask((20, 20), 64, Draws(0.3, r, t, l, 0), min_block=64, min_aspect=0.25, **options)
+        rows, cols = np.nonzero(mask)
+        assert (rows.min(), cols.min(), rows.max() + 1, cols.max() + 1) == box and mask.sum() == 64
+    a, b = (12, 5) if not options else (8, 8)                          # the middle of 0.25 .. 4: 2.125, or 1 in logarithms
+    mask = blockwise_mask((20, 20), a * b, Draws(0, 0.5, 0, 0, 0), min_block=64, min_aspect=0.25, **options)
+    assert mask[:a, :b].all()
+
+
+def test_blocks_are_drawn_between_the_smallest_and_what_is_missing():
+    for s, side in ((0, 4), (0.999, 8)):                               # 16 .. 64 patches, squares
+        mask = blockwise_mask((20, 20), 64, Draws(s, 0, 0, 0, 0), min_block=16, min_aspect=1)
+        assert mask[:side, :side].all() and mask.sum() == 64           # the block, drawn again and again in one place,
+        assert mask[-4:].sum() == 64 - side ** 2                       # and the rest patch by patch
+
+
+def test_log_aspect_makes_tall_and_wide_equally_likely():
+    def tallness(**options):
+        masks = [blockwise_mask((20, 20), 60, rng(seed), **options) for seed in range(1000)]
+        return np.mean([mask.any(1).sum() - mask.any(0).sum() for mask in masks])
+    assert abs(tallness(log_aspect=True)) < 0.6 < tallness()
+
+
+def test_random_masks_are_uniform():
+    share = np.mean([random_mask((6, 6), 9, rng(seed)) for seed in range(4000)], axis=0)
+    assert abs(share - 0.25).max() < 0.04

@@ -1,0 +1,245 @@
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dvae
+import pretrain
+import training
+import vit
+from conftest import ROOT
+from training import UserError
+
+
+# schedules and groups ------------------------------------------------------------------------------------------------
+
+def test_learning_rate_schedule():
+    rate = [training.warmup_cosine(step, 110, 1.0, 0.1, 10) for step in range(111)]
+    assert rate[0] == pytest.approx(0.1) and rate[4] == pytest.approx(0.5) and rate[9] == pytest.approx(1)
+    assert rate[10] == pytest.approx(1) and rate[60] == pytest.approx(0.55) and rate[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+
+
+def test_cosine_stays_at_its_end():
+    assert training.cosine(0, 10, 3.0, 1.0) == 3 and training.cosine(10, 10, 3.0, 1.0) == 1 == training.cosine(99, 10, 3.0, 1.0)
+    assert training.cosine(5, 0, 3.0, 1.0) == 1
+
+
+def test_what_is_decayed():
+    for position in ("absolute", "relative", "shared_relative"):
+        model = vit.MaskedImageModel(vit.ViTConfig(image_size=16, patch_size=8, dim=8, depth=2, heads=2, position=position, layer_scale=0.1), 5)
+        decayed, plain = training.parameter_groups(model, 0.05)
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+        assert {names[id(p)] for p in plain["params"]} == {
+            name for name in names.values() if re.search(r"bias$|norm|gamma|cls_token|pos_embed", name)}
+        assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_clipping():
+    for clip, expected in ((1.0, 1.0), (0.0, 5.0)):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([3.0, 4.0])
+        seen = []
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        norm = training.Precision("fp32", torch.device("cpu")).update(optimizer, clip)
+        seen.append(weight.norm().item())
+        assert norm.item() == pytest.approx(5) and seen == [pytest.approx(expected)] and weight.grad is None
+
+
+def test_each_step_and_process_draws_its_own(monkeypatch):
+    def draw(seed, step, rank):
+        monkeypatch.setenv("RANK", str(rank))
+        training.seed_step(seed, step)
+        return torch.rand(1).item()
+    draws = [draw(*key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]
+    assert len(set(draws)) == 4 and draw(0, 0, 0) == draws[0]
+
+
+# command line --------------------------------------------------------------------------------------------------------
+
+def parse(*flags, module=pretrain):
+    return training.parse(module.Config, module.PRESETS, [str(flag) for flag in flags])
+
+
+def test_where_defaults_come_from():
+    assert parse().preset == "demo" and parse().image_size == 64 and parse().out == "runs/pretrain-shapes"
+    full = parse("--data", "/some/imagenet/")
+    assert full.preset == "base" and full.dim == 768 and full.batch_size == 2048 and full.lr == 1.5e-3 and full.epochs == 800
+    assert full.out == "runs/pretrain-imagenet" and full.num_masked == 78
+    assert parse("--dim", 96).dim == 96 and parse("--preset", "large").clip_grad == 1.0
+    assert parse("--steps", 7).steps == 7 and parse("--epochs", 2).steps is None
+    assert parse(module=dvae).vocab_size == 1024 and parse("--data", "x", module=dvae).vocab_size == 8192
+    assert parse("--pixel-mean", ".5", ".5", ".5").pixel_mean == (0.5, 0.5, 0.5)
+
+
+def test_learning_rate_follows_the_batch(capsys):
+    config = parse("--data", "x", "--batch-size", 512)
+    assert config.lr == pytest.approx(1.5e-3 / 4) and config.min_lr == pytest.approx(1e-5 / 4)
+    assert "0.000375 = 0.0015 x batch 512 / 2048" in capsys.readouterr().out
+    assert parse("--data", "x", "--batch-size", 512, "--lr", 1e-3).lr == 1e-3 and "=" not in capsys.readouterr().out
+
+
+WRONG = [
+    ("--stepz 3", "--stepz: no such flag; --steps?"), ("--step 3", "--step: no such flag"), ("extra", "extra"),
+    ("--steps x", "--steps: a whole number, not x"), ("--lr fast", "--lr: a number, not fast"), ("--steps 0", "--steps"),
+    ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--epochs inf", "--epochs"), ("--steps 2 --epochs 2", "--steps and --epochs"),
+    ("--batch-size 0", "--batch-size"), ("--accumulate 3", "--batch-size: 64 .* 66 would"), ("--patch-size 7", "--patch-size: 7"),
+    ("--patch-size 0", "--patch-size"), ("--image-size 0", "--patch-size"), ("--heads 5", "--heads"), ("--depth 0", "--depth"),
+    ("--drop-path 1", "--drop-path"), ("--position sine", "--position"), ("--layer-scale -1", "--layer-scale"),
+    ("--pixel-mean 1 2", "--pixel-mean"), ("--pixel-std 0 1 1", "--pixel-std"), ("--mlp-ratio 0", "--mlp-ratio"),
+    ("--mask-ratio 0", "--mask-ratio"), ("--mask-ratio 1", "--mask-ratio"), ("--mask-ratio 0.001", "--mask-ratio"),
+    ("--masking some", "--masking"), ("--masking none", "--masking: none .* --predict all"), ("--crop-scale 0", "--crop-scale"),
+    ("--masking none --predict all --target pixels", "--masking"), ("--target pixels --tokenizer a.pt", "--tokenizer: not used"),
+    ("--target colours", "--target"), ("--predict none", "--predict"), ("--jitter 2", "--jitter"), ("--seed -1", "--seed"),
+    ("--workers -1", "--workers"), ("--warmup 2", "--warmup"), ("--clip-grad -1", "--clip-grad"), ("--preset huge", "--preset"),
+    ("--precision fp8", "--precision"), ("--save-every 0", "--save-every"), ("--eval-every 0", "--eval-every"),
+    ("--tokenizer-preset big", "--tokenizer-preset"), ("--tokenizer-steps 0", "--tokenizer-steps"), ("--log-every 0", "--log-every"),
+]
+
+
+@pytest.mark.parametrize("flags, message", WRONG)
+def test_wrong_command_lines(flags, message):
+    with pytest.raises(UserError) as error:
+        parse(*flags.split())
+    assert re.match(message, str(error.value)) and "\n" not in str(error.value) and error.value.status == 2
+
+
+@pytest.mark.parametrize("flags", ["--image-size 30", "--groups 0", "--vocab-size x", "--kl-ramp 2", "--temperature 0", "--ema 1.1",
+                                   "--kl-weight -1", "--crop-scale 2"])
+def test_wrong_command_lines_of_the_tokenizer(flags):
+    with pytest.raises(UserError, match=f"^{flags.split()[0]}: "):
+        parse(*flags.split(), module=dvae)
+
+
+def test_batch_that_processes_cannot_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch-size: 64 does not divide into 3 processes"):
+        parse()
+
+
+@pytest.mark.parametrize("module", [pretrain, dvae])
+def test_every_flag_is_explained_and_read(module, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", module=module)
+    text = capsys.readouterr().out
+    sources = "".join((ROOT / name).read_text() for name in ("data.py", "dvae.py", "pretrain.py", "training.py", "vit.py"))
+    for field in dataclasses.fields(module.Config):
+        if field.name == "in_channels":
+            continue
+        assert f"--{field.name.replace('_', '-')} " in text or f"--{field.name.replace('_', '-')}," in text
+        assert re.search(rf"(config|self)\.{field.name}\b|getattr\(self, name\)", sources) and \
+            len(re.findall(rf"\b{field.name}\b", sources)) > 1
+
+
+@pytest.mark.parametrize("name, message", [("tpu", "auto, cpu"), ("cuda:x", "auto, cpu")])
+def test_wrong_devices(name, message):
+    with pytest.raises(UserError, match=f"^--device: {message}"):
+        training.choose_device(name)
+
+
+def test_too_few_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training.choose_device("auto") == torch.device("cuda", 0) and training.choose_device("cuda:1").index == 1
+    with pytest.raises(UserError, match="--device"):
+        training.choose_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "1"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training.choose_device("cuda").index == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--device: 4 GPUs are needed and 2 are here"):
+        training.choose_device("auto")
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    training.write_atomically(path, lambda file: file.write(b"old"))
+
+    def break_off(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        training.write_atomically(path, break_off)
+    assert path.read_bytes() == b"old"
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    marker = tmp_path / "executed"
+    whole = tmp_path / "whole.pt"
+    torch.save({"model": {"a": torch.ones(1000)}}, whole)
+    files = {"html.pt": b"<html>not found</html>", "empty.pt": b"", "half.pt": whole.read_bytes()[:900],
+             "payload.pt": pickle.dumps(Payload(marker))}
+    torch.save({"model": Payload(marker)}, tmp_path / "zip-payload.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*files, "zip-payload.pt", "list.pt", "absent.pt", "."]:
+        with pytest.raises(UserError, match="^--tokenizer: ") as error:
+            training.read_checkpoint(tmp_path / name, "--tokenizer")
+        assert "\n" not in str(error.value)
+    assert not marker.exists()
+    assert training.read_checkpoint(whole, "--tokenizer")["model"]["a"].sum() == 1000
+
+
+def open_run(folder, **more):
+    config = parse("--out", folder, *[text for name, value in more.items() for text in (f"--{name.replace('_', '-')}", value)])
+    return training.Run(config, torch.device("cpu"), 10)
+
+
+def test_out_continues_refuses_and_sets_aside(tmp_path):
+    folder = tmp_path / "run"
+    run = open_run(folder)
+    assert not run.finished and json.loads((folder / "config.json").read_text())["preset"] == "demo"
+    assert not open_run(folder, workers=3).finished                    # the number of workers is no part of the run
+    with pytest.raises(UserError) as error:
+        open_run(folder, lr=0.5, seed=4)
+    assert re.search(r"--out: .*lr \(0.002, now 0.5\), seed \(0, now 4\).*--fresh", str(error.value))
+    run.finish(nn.Linear(1, 1), {}, loss=1.0)
+    assert open_run(folder).finished
+    fresh = parse("--out", folder, "--seed", 4, "--fresh")
+    assert not training.Run(fresh, torch.device("cpu"), 10).finished
+    assert (tmp_path / "run.old-1" / "result.json").exists() and not (folder / "result.json").exists()
+
+
+def test_out_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="^--out: "):
+            open_run(out)
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    run = open_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    model = nn.Linear(2, 2)
+    run.save(2, model=model, notes={"a": 1})
+    (tmp_path / "metrics.jsonl").open("a").write("")
+    other = nn.Linear(2, 2)
+    assert run.restore(model=other) == {"a": 1} and run.start == 2 and torch.equal(model.weight, other.weight)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    run = open_run(tmp_path)
+    run.save(3, model=nn.Linear(2, 2))
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(UserError, match=f"^step 5: the loss is {value}; .*last.pt") as error:
+        run.exchange(5, torch.tensor([value, 1.0]))
+    assert error.value.status == 1 and (tmp_path / "last.pt").read_bytes() == before
