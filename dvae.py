@@ -125,6 +125,7 @@ class DiscreteVAE(nn.Module):
         of f_k, so that near codes decode alike.
         """
         features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
+        features = features.unique(dim=0)                                       # black corners need one code, not hundreds
         mean, std = features.mean(0), features.std() + 1e-6
         if len(features) >= self.vocab_size:
             chosen = torch.randperm(len(features), device=features.device)[:self.vocab_size]
@@ -227,9 +228,9 @@ class Config(training.RunConfig):
 
 # Table of the DALL-E paper's appendix A.2; "small" and "demo" are ours.
 PRESETS = {
-    "demo": dict(steps=200, batch_size=32, lr=2e-3, min_lr=4e-5, warmup=0.1, weight_decay=1e-4, clip_grad=1.0,
+    "demo": dict(epochs=0.64, batch_size=16, lr=2e-3, min_lr=4e-5, warmup=0.1, weight_decay=1e-4, clip_grad=1.0,
                  image_size=32, vocab_size=1024, hidden=32, groups=3, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3,
-                 temperature_ramp=0.6, ema=0.98, crop_scale=0.3, log_every=1, save_every=50),
+                 temperature_ramp=0.6, ema=0.98, crop_scale=0.3, log_every=1, save_every=100),
     "small": dict(steps=20_000, batch_size=128, lr=1e-3, min_lr=1e-5, warmup=0.02, weight_decay=1e-4, clip_grad=1.0,
                   hidden=64, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3, temperature_ramp=0.6, ema=0.999),
     "base": dict(steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, warmup=0.0, weight_decay=1e-4, clip_grad=0.0),

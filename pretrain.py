@@ -73,8 +73,9 @@ def paper_preset(name, **more):
 
 
 PRESETS = {
-    "demo": dict(steps=400, batch_size=64, lr=3e-3, min_lr=3e-5, warmup=0.1, image_size=64, patch_size=8, dim=128,
-                 depth=4, heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.3, tokenizer_preset="demo", log_every=1, save_every=50, eval_every=400),
+    "demo": dict(epochs=2.5, batch_size=64, lr=3e-3, min_lr=3e-5, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4,
+                 heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.3, tokenizer_preset="demo",
+                 log_every=1, save_every=50, eval_every=500),
     "tiny": paper_preset("tiny"),
     "small": paper_preset("small"),
     "base": paper_preset("base"),
@@ -110,17 +111,17 @@ def loss_and_accuracy(outputs, targets):
     return F.mse_loss(outputs, targets), outputs.new_tensor(math.nan)
 
 
-def tokenizer_config(config):
-    """What `dvae.py` would be told to train a tokenizer for this run, in <out>/tokenizer."""
+def tokenizer_config(config, images, steps):
+    """What `dvae.py` would be told to train a tokenizer in <out>/tokenizer, for a run of that many images and steps."""
     preset = dvae.PRESETS[config.tokenizer_preset]
     world = training.world_size()
     batch_size = math.ceil(min(preset["batch_size"], config.batch_size) / world) * world
     shared = {name: getattr(config, name) for name in ("data", "data_root", "seed", "workers", "device", "precision", "compile")}
-    return training.build(dvae.Config, {
+    wanted = training.build(dvae.Config, {
         **preset, **shared, "preset": config.tokenizer_preset, "out": str(Path(config.out) / "tokenizer"),
-        "steps": config.tokenizer_steps or min(preset["steps"], config.steps or preset["steps"]),
         "batch_size": batch_size, "lr": preset["lr"] * batch_size / preset["batch_size"],
         "image_size": config.grid[0] * 2 ** (preset.get("groups", dvae.Config.groups) - 1)})
+    return dataclasses.replace(wanted, steps=config.tokenizer_steps or min(steps, training.steps_and_epoch(wanted, images)[0]))
 
 
 def token_image_size(config, downsample):
@@ -230,7 +231,7 @@ def train(config, device):
     tokenizer = dvae.load(config.tokenizer) if config.tokenizer else None
     sizes = [config.image_size]
     if config.target == "tokens":
-        to_train = None if tokenizer else tokenizer_config(config)
+        to_train = None if tokenizer else tokenizer_config(config, len(source), total)
         sizes.append(token_image_size(config, tokenizer.downsample if tokenizer else 2 ** (to_train.groups - 1)))
     run = training.Run(config, device, total)
     if run.finished:
