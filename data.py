@@ -6,7 +6,7 @@ changes anything. Between processes images travel as uint8.
 import colorsys
 import functools
 import math
-import signal
+import os
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,7 @@ class Folder:
     """Image files, of any size and mode: grey, palette, CMYK, transparent (over white), turned by EXIF."""
 
     def __init__(self, paths):
-        self.paths = paths
+        self.paths = np.array(paths)                # one buffer: a list's strings would be copied into every worker
 
     def __len__(self):
         return len(self.paths)
@@ -185,8 +185,8 @@ def open_images(data, root, split):
     else:
         if (folder / "train").is_dir():
             folder = folder / "train"
-        paths = image_paths(folder)
-        if len(paths) > 1:
+        paths = [path for path in image_paths(folder) if Path(path).relative_to(folder).parts[0] not in ("val", "validation")]
+        if len(paths) > 1 and not any(candidate.is_dir() for candidate in (folder / "val", folder / "validation")):
             held_out = paths[::HELD_OUT]
             paths = held_out if split == "val" else sorted(set(paths) - set(held_out))
     if not paths:
@@ -195,25 +195,34 @@ def open_images(data, root, split):
 
 
 def image_paths(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files below a folder, links followed, sorted."""
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names
+                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
 
 
 class CorruptImages:
     """Keeps count of unreadable images: each is named once, and too many in an epoch are an error."""
 
-    def __init__(self, images_per_epoch, warn, names=()):
-        self.limit = max(1, images_per_epoch // 100)
-        self.names, self.epoch, self.in_epoch, self.warn = list(names), 0, 0, warn
+    def __init__(self, images_per_epoch, say, state=None):
+        self.limit, self.say = max(1, images_per_epoch // 100), say
+        self.names, self.epoch, self.in_epoch = state or ([], 0, 0)
 
-    def add(self, epoch, names):
-        """names: what was unreadable in one global batch. Raises ValueError above 1 % of an epoch (and above one image)."""
-        if epoch != self.epoch:
-            self.epoch, self.in_epoch = epoch, 0
-        self.in_epoch += len(names)
+    def state(self):
+        """What a checkpoint keeps of it."""
+        return [self.names, self.epoch, self.in_epoch]
+
+    def warn(self, names):
+        """Name each image that was not named before."""
         for name in names:
             if name not in self.names:
                 self.names.append(name)
-                self.warn(f"warning: {name} cannot be read; the next image takes its place")
+                self.say(f"warning: {name} cannot be read; the next image takes its place")
+
+    def add(self, epoch, names):
+        """names: what was unreadable in one global batch. Raises ValueError above 1 % of an epoch (and above one image)."""
+        self.warn(names)
+        self.in_epoch = len(names) + (self.in_epoch if epoch == self.epoch else 0)
+        self.epoch = epoch
         if self.in_epoch > self.limit:
             raise ValueError(f"data: more than 1 % of the images of an epoch cannot be read: {', '.join(self.names[:10])}")
 
@@ -251,7 +260,7 @@ class Views(Dataset):
     source      of open_images
     sizes       pixels a side of the two views: the patches', the tokenizer's
     grid, num_masked, masking    of the mask: "blockwise", "random" or "none"
-    Returns (uint8 (3, S, S), uint8 (3, T, T), bool (h, w), names of unreadable images that this one replaces).
+    Returns (uint8 (3, S, S), uint8 (3, T, T), bool (h, w), [] or [name of the unreadable image that another replaces]).
     """
 
     def __init__(self, source, sizes, grid, *, num_masked=0, masking="none", seed=0, train=True, crop_scale=0.08, jitter=0.4,
@@ -278,15 +287,15 @@ class Views(Dataset):
         return *views, torch.from_numpy(mask), unreadable
 
     def read(self, index):
-        """(image, names of the unreadable ones before it): a broken file is replaced by the next one that can be read."""
+        """(image, [] or [the name of the file that could not be read]): a broken file is replaced by the next that can be
+        read, or after 20 that cannot by a grey square; CorruptImages stops the run before that matters."""
         unreadable = []
-        while len(unreadable) < 20:
+        for candidate in range(index, index + 20):
             try:
-                return self.source.image(index), unreadable
+                return self.source.image(candidate % len(self.source)), unreadable
             except Exception:                        # image decoders raise whatever they like on broken files
-                unreadable.append(self.source.name(index))
-                index = (index + 1) % len(self.source)
-        raise ValueError(f"data: 20 images in a row cannot be read, among them {', '.join(unreadable[:10])}")
+                unreadable = [self.source.name(index)]
+        return Image.new("RGB", (self.sizes[0], self.sizes[0]), "grey"), unreadable
 
     def views(self, image, rng):
         if not self.train:
@@ -335,8 +344,8 @@ class GlobalBatches(Sampler):
 
 
 def held_out_batches(images, batch_size, *, rank=0, world_size=1):
-    """(0, index) lists over the images, each in exactly one batch of one process."""
-    indices = range(images)[rank::world_size]
+    """(0, index) lists over the images (a range of indices), each in exactly one batch of one process."""
+    indices = images[rank::world_size]
     return [[(0, index) for index in indices[i:i + batch_size]] for i in range(0, len(indices), batch_size)]
 
 
@@ -347,10 +356,15 @@ def train_loader(views, config, device, *, start, stop, rank, world_size):
 
 
 def val_loader(views, config, device, *, rank, world_size, images=512):
-    """Batches of one process's share of the first so many held-out images."""
-    batches = held_out_batches(min(images, len(views)), max(1, config.batch_size // config.accumulate // world_size),
-                               rank=rank, world_size=world_size)
-    return _loader(views, batches, config.workers, device)
+    """Batches of one process's share of at most so many held-out images, evenly spaced over all."""
+    chosen = range(0, len(views), math.ceil(len(views) / images))
+    batch_size = max(1, config.batch_size // config.accumulate // world_size)
+    return _loader(views, held_out_batches(chosen, batch_size, rank=rank, world_size=world_size), config.workers, device)
+
+
+def first_batch(views, count, device):
+    """The first count samples, as one batch."""
+    return next(iter(_loader(views, held_out_batches(range(min(count, len(views))), count), 0, device)))
 
 
 def _loader(views, batches, workers, device):
@@ -366,8 +380,7 @@ def _collate(samples):
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the main process ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgrp()    # Ctrl-C and torchrun signal the whole group: workers must live until the step has ended
 
 
 def to_device(tensors, device):

@@ -41,6 +41,17 @@ def kl_to_uniform(log_q):
     return math.log(log_q.shape[-1]) + (log_q.exp() * log_q).sum(-1)
 
 
+def gumbel_noise(logits, seeds=None):
+    """-ln(-ln(uniform)) in the shape of logits; with seeds, each image's from a generator of its own."""
+    noise = torch.empty_like(logits)                                   # -ln(uniform) is Exp(1)
+    if seeds is None:
+        return -noise.exponential_().log()
+    generator = torch.Generator(device=logits.device)
+    for image, seed in zip(noise, seeds, strict=True):
+        image.exponential_(generator=generator.manual_seed(seed))
+    return -noise.log()
+
+
 class Conv2d(nn.Module):
     """A "same" convolution whose parameters bear the public weights' names. Starts at N(0, 1/sqrt(fan_in)), bias 0."""
 
@@ -125,12 +136,13 @@ class DiscreteVAE(nn.Module):
         of f_k, so that near codes decode alike.
         """
         features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
-        features = features.unique(dim=0)                                       # black corners need one code, not hundreds
+        features = features[torch.randperm(len(features)).to(features.device)]
+        _, group = features.unique(dim=0, return_inverse=True)                  # black corners need one code, not hundreds:
+        order = torch.arange(len(group), device=group.device)
+        first = torch.full_like(group, len(group)).scatter_reduce_(0, group, order, "amin")    # where each feature comes first
+        features = features[first[first < len(group)].sort().values]
         mean, std = features.mean(0), features.std() + 1e-6
-        if len(features) >= self.vocab_size:
-            chosen = torch.randperm(len(features), device=features.device)[:self.vocab_size]
-        else:
-            chosen = torch.randint(len(features), (self.vocab_size,), device=features.device)
+        chosen = torch.arange(self.vocab_size, device=group.device) % len(features)
         f_k = (features[chosen] - mean) / std                                   # (V, width)
         s = sharpness * math.log(self.vocab_size) / (2 * f_k.square().sum(1).mean())
         output, table = self.encoder.blocks.output.conv, self.decoder.blocks.input
@@ -165,12 +177,15 @@ class DiscreteVAE(nn.Module):
         mu, log_b = self.decoder.blocks[1:](codes).float().chunk(2, dim=1)
         return unmap_pixels(torch.sigmoid(mu)), mu, log_b
 
-    def forward(self, images, temperature):
-        """One Gumbel-softmax sample of the ELBO's two terms. In eval mode without noise: softmax(logits / temperature)."""
+    def forward(self, images, temperature, seeds=None):
+        """One Gumbel-softmax sample of the ELBO's two terms. In eval mode without noise: softmax(logits / temperature).
+
+        seeds: one integer an image for its noise, whatever batch it comes in; None draws from the global generator.
+        """
         logits = self.encode(images).permute(0, 2, 3, 1).float()       # (B, h, w, V): codes contiguous, softmax is one pass
         log_q = logits.log_softmax(-1)
         if self.training:
-            logits = logits - torch.empty_like(logits).exponential_().log()    # -ln(Exp(1)) is Gumbel noise
+            logits = logits + gumbel_noise(logits, seeds)
         z = (logits / temperature).softmax(-1)
         table = self.decoder.blocks.input
         codes = F.linear(z, table.w[:, :, 0, 0], table.b).permute(0, 3, 1, 2)  # (B, h, w, V) -> (B, 128, h, w)
@@ -205,13 +220,18 @@ class Config(training.RunConfig):
     kl_ramp: float = 0.00167    # share of the steps in which beta rises from 0, along a cosine; DALL-E: 5,000 of 3M
     temperature: float = 0.0625    # final Gumbel-softmax temperature tau, from 1
     temperature_ramp: float = 0.05    # share of the steps in which tau falls, along a cosine; DALL-E: 150,000 of 3M
+    init_codes: bool = True    # start the codes at patches of training images; --no-init-codes: at random, as DALL-E
     ema: float = 0.999    # decay of the weights' moving average, which is what is kept; lower in the first steps
     crop_scale: float = 0.08    # smallest share of an image's area in a random crop
     jitter: float = 0.0    # brightness, contrast and saturation vary by this share
+    lr_ramp: float = 0.4    # share of the steps in which the learning rate falls; DALL-E: 1.2M of 3M
+    eval_every: int = 10_000    # steps between two evaluations on held-out images
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("kl_ramp", "temperature_ramp", "ema", "jitter"):
+        if self.eval_every < 1:
+            raise ValueError(f"eval_every: at least 1, not {self.eval_every}")
+        for name in ("kl_ramp", "temperature_ramp", "lr_ramp", "ema", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: from 0 to 1, not {getattr(self, name)}")
         for name in ("temperature", "crop_scale"):
@@ -230,9 +250,9 @@ class Config(training.RunConfig):
 PRESETS = {
     "demo": dict(epochs=0.64, batch_size=16, lr=2e-3, min_lr=4e-5, warmup=0.1, weight_decay=1e-4, clip_grad=1.0,
                  image_size=32, vocab_size=1024, hidden=32, groups=3, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3,
-                 temperature_ramp=0.6, ema=0.98, crop_scale=0.3, log_every=1, save_every=100),
+                 temperature_ramp=0.6, lr_ramp=1.0, ema=0.98, crop_scale=0.3, log_every=1, save_every=100, eval_every=500),
     "small": dict(steps=20_000, batch_size=128, lr=1e-3, min_lr=1e-5, warmup=0.02, weight_decay=1e-4, clip_grad=1.0,
-                  hidden=64, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3, temperature_ramp=0.6, ema=0.999),
+                  hidden=64, blocks_per_group=1, kl_weight=3.0, kl_ramp=0.3, temperature_ramp=0.6, lr_ramp=1.0, eval_every=1000),
     "base": dict(steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, warmup=0.0, weight_decay=1e-4, clip_grad=0.0),
 }
 
@@ -244,23 +264,28 @@ def perplexity(counts):
 
 
 @torch.no_grad()
-def evaluate(model, batches, temperature, device):
+def evaluate(model, batches, temperature, device, unreadable):
     """Over held-out images of all processes: mean squared error on [0, 1] pixels with soft codes (softmax at the
-    temperature, no noise) and with hard ones (argmax); codes in use and their perplexity. Also the last batch's pictures."""
+    temperature, no noise) and with hard ones (argmax); codes in use and their perplexity. Also the first pictures, or None."""
     model.eval()
-    counts, sums = torch.zeros(model.vocab_size, device=device), torch.zeros(3, device=device)
-    for view, *_ in batches:
+    counts, sums, pictures = torch.zeros(model.vocab_size, device=device), torch.zeros(3, device=device), None
+    for view, _, bad in batches:
+        unreadable.warn(bad)
         images = data.to_float(view.to(device))
         tokens = model.tokenize(images)
         soft, hard = model(images, temperature).images, model.decode(tokens)
         counts += torch.bincount(tokens.flatten(), minlength=model.vocab_size)
         sums += torch.stack([(soft - images).square().mean() * len(images), (hard - images).square().mean() * len(images),
                              torch.tensor(float(len(images)), device=device)])
+        pictures = pictures or (images[:12], soft[:12], hard[:12])
     for total in (counts, sums):
         training.all_sum(total)
     soft_mse, hard_mse = (sums[:2] / sums[2]).tolist()
     report = dict(soft_mse=soft_mse, hard_mse=hard_mse, codes=int((counts > 0).sum()), perplexity=perplexity(counts))
-    return report, (images[:12], soft[:12], hard[:12])
+    if report["perplexity"] < 0.02 * model.vocab_size:
+        training.say(f"warning: the codebook is collapsing, {report['codes']} of {model.vocab_size} codes carry a perplexity of "
+                     f"{report['perplexity']:.0f}; a higher --kl-weight, a longer --kl-ramp or more --steps may help")
+    return report, pictures
 
 
 def train(config, device):
@@ -285,7 +310,7 @@ def train(config, device):
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
-    if run.start == 0:
+    if run.start == 0 and config.init_codes:
         needed = math.ceil(2 * config.vocab_size * model.downsample ** 2 / config.image_size ** 2)
         first = [views[0, i % len(source)][0] for i in range(needed)]
         model.initialise_codes(data.to_float(torch.stack(first).to(device)))
@@ -293,37 +318,41 @@ def train(config, device):
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     here = dict(rank=training.rank(), world_size=training.world_size())
     batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
-    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable", ()))
+    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
     channels_a_token = 3 * model.downsample ** 2                                # 192 in DALL-E
 
+    def evaluation(temperature):
+        return evaluate(ema.module, data.val_loader(val_views, config, device, **here), temperature, device, unreadable)
+
     for step in run.progress("tokenizer"):
-        training.seed_step(config.seed, step)
-        lr = training.set_lr(optimizer, training.warmup_cosine(step, total, config.lr, config.min_lr, config.warmup * total))
+        lr = training.set_lr(optimizer, training.warmup_cosine(step, config.lr_ramp * total, config.lr, config.min_lr, config.warmup * total))
         temperature = training.cosine(step, config.temperature_ramp * total, 1.0, config.temperature)
         beta = training.cosine(step, config.kl_ramp * total, 0.0, config.kl_weight)
         sums, bad = torch.zeros(4, device=device), []
         for part in range(config.accumulate):
             view, _, names = next(batches)
             images = data.to_float(view.to(device, memory_format=torch.channels_last, non_blocking=True))
+            first = (part * here["world_size"] + here["rank"]) * len(images)    # its place in the global batch
+            seeds = [training.draw_seed(config.seed, step, first + i) for i in range(len(images))]
             with training.only_last_part_communicates(network, part, config.accumulate):
                 with precision.autocast():
-                    reconstruction, kl, output = network(images, temperature)
+                    reconstruction, kl, output = network(images, temperature, seeds)
                 loss = reconstruction + beta / channels_a_token * kl            # -ELBO, nats per pixel channel
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, reconstruction, kl, (output - images).square().mean()]).detach()
             bad += names
         (loss, nll, kl, mse), bad = run.exchange(step + 1, sums / config.accumulate, bad)
-        unreadable.add(step // per_epoch, bad)
+        with training.naming_flags():
+            unreadable.add(step // per_epoch, bad)
         grad_norm = precision.update(optimizer, config.clip_grad)
         ema.update_parameters(model)
-        run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm.item(), temperature=temperature, kl_weight=beta)
-        run.end_of_step(step + 1, notes={"unreadable": unreadable.names}, **parts)
+        report = evaluation(temperature)[0] if (step + 1) % config.eval_every == 0 and step + 1 < total else {}
+        run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm.item(), temperature=temperature,
+                kl_weight=beta, **{f"val_{name}": value for name, value in report.items()})
+        run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 
-    report, pictures = evaluate(ema.module, data.val_loader(val_views, config, device, **here), config.temperature, device)
+    report, pictures = evaluation(config.temperature)
     training.say("tokenizer, held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
-    if report["perplexity"] < 0.02 * config.vocab_size:
-        training.say(f"warning: the codebook is collapsing, {report['codes']} of {config.vocab_size} codes carry a perplexity of "
-                     f"{report['perplexity']:.0f}; a higher --kl-weight, a longer --kl-ramp or more --steps may help")
     if training.rank() == 0:
         draw_reconstructions(*pictures).savefig(run.folder / "tokenizer.png", dpi=100)
     run.finish(ema.module, model.config, **report, unreadable_images=len(unreadable.names))

@@ -52,6 +52,10 @@ class Config(training.RunConfig, vit.ViTConfig):
             raise ValueError("masking: none leaves nothing to predict with --predict masked; add --predict all")
         if self.masking == "none" and self.target == "pixels":
             raise ValueError("masking: none with --target pixels would only copy its input; blockwise or random")
+        if self.masking != "blockwise" and (self.log_aspect or not self.exact_masks):
+            raise ValueError(f"{'log_aspect' if self.log_aspect else 'no_exact_masks'}: only with --masking blockwise, not {self.masking}")
+        if self.tokenizer and self.tokenizer_steps:
+            raise ValueError("tokenizer_steps: not used with --tokenizer, which is trained already")
         if self.target == "pixels":
             for name in ("tokenizer", "tokenizer_steps", "token_image_size"):
                 if getattr(self, name) is not None:
@@ -74,7 +78,7 @@ def paper_preset(name, **more):
 
 PRESETS = {
     "demo": dict(epochs=2.5, batch_size=64, lr=3e-3, min_lr=3e-5, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4,
-                 heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.3, tokenizer_preset="demo",
+                 heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.6, tokenizer_preset="demo",
                  log_every=1, save_every=50, eval_every=500),
     "tiny": paper_preset("tiny"),
     "small": paper_preset("small"),
@@ -139,13 +143,14 @@ def token_image_size(config, downsample):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, batches, config, tokenizer, precision, device):
+def evaluate(model, batches, config, tokenizer, precision, device, unreadable):
     """Loss and accuracy over held-out images of all processes, and what knows nothing of the image reaches: `chance_loss`
     ln V; `unigram_entropy`, the loss of always answering with the tokens' frequencies; `majority_accuracy`, the accuracy
     of always answering with the most frequent one. Pixels: `mean_loss`, of always answering with the mean colour."""
     model.eval()
     sums, counts = torch.zeros(4, device=device), torch.zeros(tokenizer.vocab_size if tokenizer else 1, device=device)
     for batch in batches:
+        unreadable.warn(batch[-1])
         images, mask, predict, targets = inputs_and_targets(batch, config, tokenizer, precision, device)
         with precision.autocast():
             outputs = model(images, mask, predict)
@@ -253,14 +258,14 @@ def train(config, device):
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
-    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable", ()))
+    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     training.say(f"backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, patches {config.grid[0]}x{config.grid[1]}, "
                  f"{config.num_masked} masked; {total} steps of {config.batch_size} images, {total / per_epoch:.3g} epochs, "
                  f"peak lr {config.lr:g}, {here['world_size']} x {device}, {str(precision.dtype).removeprefix('torch.')}")
 
     def evaluation():
-        return evaluate(model, data.val_loader(val_views, config, device, **here), config, tokenizer, precision, device)
+        return evaluate(model, data.val_loader(val_views, config, device, **here), config, tokenizer, precision, device, unreadable)
 
     report, baselines = evaluation()
     training.say("held-out images, before training: " + ", ".join(f"{name} {value:.4g}" for name, value in {**report, **baselines}.items()))
@@ -282,17 +287,18 @@ def train(config, device):
             sums += torch.stack([loss, accuracy]).detach()
             bad += batch[-1]
         (loss, accuracy), bad = run.exchange(step + 1, sums / config.accumulate, bad)
-        unreadable.add(step // per_epoch, bad)
+        with training.naming_flags():
+            unreadable.add(step // per_epoch, bad)
         grad_norm = precision.update(optimizer, config.clip_grad)
         report = evaluation()[0] if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
         run.log(step + 1, loss=loss, **({"accuracy": accuracy} if tokenizer else {}), lr=lr, grad_norm=grad_norm.item(),
                 **baselines, **report)
-        run.end_of_step(step + 1, notes={"unreadable": unreadable.names}, **parts)
+        run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 
     report = report or evaluation()[0]
     training.say("held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in {**report, **baselines}.items()))
     if training.rank() == 0:
-        batch = next(iter(data.val_loader(val_views, dataclasses.replace(config, batch_size=12, accumulate=1, workers=0), device, rank=0, world_size=1)))
+        batch = data.first_batch(val_views, 12, device)
         draw_predictions(*predictions(model, batch, config, tokenizer, device)).savefig(run.folder / "predictions.png", dpi=100)
     run.finish(model, {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}, **report, **baselines,
                unreadable_images=len(unreadable.names))

@@ -73,6 +73,8 @@ class RunConfig:
         for name in ("min_lr", "weight_decay", "clip_grad", "workers", "seed"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: 0 or above, not {getattr(self, name)}")
+        if self.seed >= 2 ** 32:
+            raise ValueError(f"seed: below 2 ** 32, not {self.seed}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: a share of the steps, from 0 to 1, not {self.warmup}")
         parts = world_size() * self.accumulate
@@ -123,6 +125,10 @@ def naming_flags():
 def build(Config, values):
     """Config(**values); a value that the config refuses is a UserError that names the flag."""
     with naming_flags():
+        for name, value in values.items():
+            for number in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{name}: a finite number, not {number}")
         return Config(**values)
 
 
@@ -230,7 +236,7 @@ def processes(config):
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if world_size() > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     handlers = {number: signal.signal(number, _remember_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -269,6 +275,8 @@ def on_first_process(function, *args):
             answer[0] = function(*args)
         except UserError as error:
             answer[1] = (str(error), error.status)
+        except OSError as error:
+            answer[1] = (f"--out: {error}", 2)
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0)
     if answer[1]:
@@ -306,9 +314,11 @@ def main_guard(main):
     try:
         main()
     except UserError as error:
-        if rank() == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,8 +326,13 @@ def main_guard(main):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def seed_step(seed, step):
-    """Seed every draw inside the model: a function of (seed, step, rank), so that nothing has to be saved to continue."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank()) % 2 ** 63)
+    """Seed stochastic depth: a function of (seed, step, rank), so that nothing has to be saved to continue."""
+    torch.manual_seed(draw_seed(seed, step, rank()))
+
+
+def draw_seed(seed, step, index):
+    """A 63-bit seed of its own for each (seed, step, index)."""
+    return (seed << 31 ^ step) * 1_000_003 + index & 2 ** 63 - 1
 
 
 def cosine(step, total, start, end):
@@ -328,8 +343,8 @@ def cosine(step, total, start, end):
 def warmup_cosine(step, total, peak, end, warmup_steps):
     """The learning rate of a step: linear up to peak over warmup_steps, then half a cosine down to end (appendix, pre-training)."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return cosine(step - warmup_steps, total - warmup_steps, peak, end)
+        return peak * min(1.0, (step + 1) / warmup_steps)
+    return cosine(step - warmup_steps, total - warmup_steps, peak, min(end, peak))
 
 
 def set_lr(optimizer, lr):
@@ -478,7 +493,8 @@ class Run:
             return {}
         state = read_checkpoint(checkpoint, "--out")
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:                             # a gradient scaler that was off has no state
+                part.load_state_dict(state[name])
         self.start = state["step"]
         on_first_process(self._cut_log, self.start)
         say(f"continuing {self.folder} after step {self.start} of {self.steps}")
@@ -532,15 +548,16 @@ class Run:
         step counts finished steps, from 1. values: plain numbers, loss and lr among them.
         """
         now, (then, before) = time.perf_counter(), self._since
-        if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or "val_loss" in values):
+        if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or any(name.startswith("val_") for name in values)):
             return
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
         self._since = (now, step)
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}    # JSON has no inf
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}")
-        if step % max(1, self.steps // 10) < self.config.log_every or "val_loss" in values:
+        if step % max(1, self.steps // 10) < self.config.log_every or any(name.startswith("val_") for name in values):
             say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def end_of_step(self, step, **parts):
@@ -566,3 +583,5 @@ class Run:
             kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
             write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
             write_json(self.folder / "result.json", result)
+        if dist.is_initialized():
+            dist.barrier()                              # the others may read model.pt next

@@ -44,8 +44,8 @@ class ViTConfig:
             raise ValueError(f"drop_path: from 0 to below 1, not {self.drop_path}")
         if self.layer_scale < 0:
             raise ValueError(f"layer_scale: 0 (none) or above, not {self.layer_scale}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio: above 0, not {self.mlp_ratio}")
+        if not self.mlp_ratio * self.dim >= 1:
+            raise ValueError(f"mlp_ratio: large enough for one hidden unit at dim {self.dim}, not {self.mlp_ratio}")
         if not all(0 < std for std in self.pixel_std):
             raise ValueError(f"pixel_std: three numbers above 0, not {self.pixel_std}")
 

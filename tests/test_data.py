@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +122,7 @@ def test_an_epoch_shows_no_image_twice():
 
 @pytest.mark.parametrize("images, batch, world", [(10, 4, 1), (10, 4, 3), (2, 8, 3), (7, 1, 2)])
 def test_held_out_images_are_counted_once(images, batch, world):
-    seen = [index for rank in range(world) for b in held_out_batches(images, batch, rank=rank, world_size=world) for _, index in b]
+    seen = [index for rank in range(world) for b in held_out_batches(range(images), batch, rank=rank, world_size=world) for _, index in b]
     assert sorted(seen) == list(range(images))
 
 
@@ -149,7 +151,7 @@ def test_files_of_every_mode(tmp_path):
     loaded = {}
     folder = Folder(data.image_paths(tmp_path))
     for index in range(len(folder)):
-        loaded[folder.paths[index].name] = folder.image(index)
+        loaded[Path(folder.paths[index]).name] = folder.image(index)
     assert len(loaded) == 7 and all(image.mode == "RGB" for image in loaded.values())
     assert loaded["turned.jpg"].size == (30, 40)
     assert np.asarray(loaded["turned.jpg"])[:, 25].mean(0)[0] > 100 > np.asarray(loaded["turned.jpg"])[:, 5].mean(0)[0]
@@ -169,6 +171,12 @@ def test_which_files_are_held_out(tmp_path):
     fill(tmp_path / "loose" / "deep" / "down", 60)
     train, val = (open_images(str(tmp_path / "loose"), "", split).paths for split in ("train", "val"))
     assert len(val) == 2 and len(train) == 58 and not set(train) & set(val)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "class").symlink_to(tmp_path / "loose")
+    assert len(data.image_paths(tmp_path / "linked")) == 60
+    fill(tmp_path / "halved" / "val", 2)
+    fill(tmp_path / "halved" / "rest", 60)
+    assert len(open_images(str(tmp_path / "halved"), "", "train")) == 60 and len(open_images(str(tmp_path / "halved"), "", "val")) == 2
     fill(tmp_path / "split" / "train" / "cat", 3)
     fill(tmp_path / "split" / "validation" / "cat", 2)
     assert len(open_images(str(tmp_path / "split"), "", "train")) == 3
@@ -187,21 +195,21 @@ def test_wrong_data(tmp_path):
 def test_corrupt_files_are_replaced_and_counted(tmp_path):
     fill(tmp_path, 10)
     paths = data.image_paths(tmp_path)
-    paths[3].write_bytes(b"")
-    paths[4].write_bytes(paths[4].read_bytes()[:60])
+    Path(paths[3]).write_bytes(b"")
+    Path(paths[4]).write_bytes(Path(paths[4]).read_bytes()[:60])
     folder = Views(Folder(paths), [16], (4, 4), train=False)
     view, _, unreadable = folder[0, 3]
-    assert unreadable == [str(paths[3]), str(paths[4])] and torch.equal(view, folder[0, 5][0])
+    assert unreadable == [paths[3]] and torch.equal(view, folder[0, 5][0])    # the other is named in its own turn
     *_, names = next(iter(data._loader(folder, [[(0, 3), (0, 5), (0, 4)]], 0, CPU)))
-    assert names == [str(paths[3]), str(paths[4]), str(paths[4])]
+    assert names == [paths[3], paths[4]]
 
 
 def test_only_corrupt_files(tmp_path):
     fill(tmp_path, 3)
     for path in data.image_paths(tmp_path):
-        path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="data: 20 images in a row"):
-        Views(Folder(data.image_paths(tmp_path)), [16], (4, 4), train=False)[0, 0]
+        Path(path).write_bytes(b"no image")
+    view, _, unreadable = Views(Folder(data.image_paths(tmp_path)), [16], (4, 4), train=False)[0, 0]
+    assert len(unreadable) == 1 and view.unique().numel() == 1
 
 
 def test_more_than_one_percent_corrupt_is_an_error():
@@ -211,5 +219,14 @@ def test_more_than_one_percent_corrupt_is_an_error():
     log.add(0, [])
     log.add(1, [f"{i}.jpg" for i in range(10)])                        # the next epoch starts anew, and says nothing again
     assert len(said) == 10 and "0.jpg" in said[0] and len(log.names) == 10
+    continued = CorruptImages(1000, said.append, log.state())
     with pytest.raises(ValueError, match="1 % .*0.jpg, 1.jpg, .*9.jpg$"):
-        log.add(1, ["10.jpg"])
+        continued.add(1, ["10.jpg"])
+
+
+def test_held_out_images_are_spread_over_all():
+    class Config:
+        batch_size, accumulate, workers = 8, 1, 0
+    seen = [index for rank in range(2) for batch in data.val_loader(views(), Config, CPU, rank=rank, world_size=2, images=100).batch_sampler
+            for _, index in batch]
+    assert sorted(seen) == list(range(0, 10_000, 100))

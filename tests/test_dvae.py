@@ -76,8 +76,14 @@ def test_noise_is_gumbel():
     """argmax of logits + Gumbel noise is a draw from softmax(logits): at a low temperature, code frequencies are q."""
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(200_000, 3)
     torch.manual_seed(0)
-    drawn = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+    drawn = (logits + dvae.gumbel_noise(logits)).argmax(-1)
     torch.testing.assert_close(drawn.bincount() / len(drawn), logits[0].softmax(0), atol=5e-3, rtol=0)
+
+
+def test_noise_of_an_image_is_the_same_in_any_batch():
+    logits = torch.zeros(3, 4, 4, 32)
+    noise = dvae.gumbel_noise(logits, [5, 6, 7])
+    assert torch.equal(noise[1:], dvae.gumbel_noise(logits[1:], [6, 7])) and not torch.equal(noise[0], noise[1])
 
 
 def test_noise_in_training_only():

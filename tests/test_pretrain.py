@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import dvae
 import pretrain
 import training
@@ -127,7 +128,7 @@ def test_baselines_by_hand(tokenizer, tmp_path, monkeypatch):
         model.lm_head.bias.fill_(-1e9)
         model.lm_head.bias[[3, 7, 9]] = torch.tensor([0.5, 0.25, 0.25]).log()
     batch = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.ones(2, 4, 4, dtype=torch.bool), [])
-    report, baselines = pretrain.evaluate(model, [batch, batch], config, dvae.load(tokenizer), training.Precision("fp32", CPU), CPU)
+    report, baselines = pretrain.evaluate(model, [batch, batch], config, dvae.load(tokenizer), training.Precision("fp32", CPU), CPU, data.CorruptImages(1, print))
     entropy = 1.5 * math.log(2)
     assert report["val_loss"] == pytest.approx(entropy) and report["val_accuracy"] == 0.5
     assert baselines == {"chance_loss": math.log(64), "unigram_entropy": pytest.approx(entropy), "majority_accuracy": 0.5}
@@ -220,6 +221,15 @@ def test_an_unreadable_image_is_named_and_counted(tokenizer, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["unreadable_images"] == 1
 
 
+def test_too_many_unreadable_images_end_the_run(tokenizer, tmp_path):
+    from test_data import fill
+    fill(tmp_path / "images", 150)
+    for i in range(0, 150, 3):
+        (tmp_path / "images" / f"{i:04}.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="^--data: more than 1 % of the images of an epoch cannot be read: .*png"):
+        train(tokenizer, tmp_path / "out", "--data", tmp_path / "images", "--preset", "demo", "--steps", "26", "--workers", "1")
+
+
 def test_token_grids_that_do_not_match(tokenizer, tmp_path):
     with pytest.raises(UserError, match="^--token-image-size: 24 makes a 6x6 token grid, the patch grid is 4x4; 16 matches"):
         train(tokenizer, tmp_path / "out", "--token-image-size", "24")
@@ -240,16 +250,16 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message):
 
 # processes and signals -----------------------------------------------------------------------------------------------
 
-def test_two_processes_equal_one(tokenizer, tmp_path):
-    flags = [*SMALL, "--tokenizer", tokenizer, "--steps", "20"]
-    runs = []
+def test_two_processes_equal_one(tmp_path):
+    """The whole job, tokenizer included."""
     for processes in (1, 2):
-        process = start("--out", tmp_path / str(processes), *flags, processes=processes)
-        assert process.wait(timeout=240) == 0, process.communicate()
-        runs.append(log(tmp_path / str(processes)))
-    for one, two in zip(*runs, strict=True):
-        for name in one:
-            assert one[name] == pytest.approx(two[name], rel=1e-4), (one["step"], name)
+        process = start("--out", tmp_path / str(processes), *SMALL, "--steps", "20", processes=processes)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, (out, err)
+    for part in ("tokenizer", "."):
+        for one, two in zip(log(tmp_path / "1" / part), log(tmp_path / "2" / part), strict=True):
+            for name in one:
+                assert one[name] == pytest.approx(two[name], rel=1e-4), (part, one["step"], name)
 
 
 def test_kill_and_continue(tokenizer, tmp_path):
@@ -272,6 +282,17 @@ def test_a_signal_ends_the_step_and_saves(tokenizer, tmp_path, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == -number and not err and f"{number.name}: stopped after step" in out
+    assert torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"] >= 5
+
+
+def test_torchrun_is_told_to_stop(tokenizer, tmp_path):
+    """torchrun signals the whole process group, the loaders' workers too; the step is finished all the same."""
+    process = start("--out", tmp_path, *SMALL, "--tokenizer", tokenizer, "--steps", "100000", "--save-every", "100000",
+                    "--workers", "1", processes=2)
+    wait_for_step(process, tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "SIGTERM: stopped after step" in out, (out, err)
     assert torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"] >= 5
 
 
