@@ -131,15 +131,15 @@ def test_full_size_and_initialisation():
 
 def test_equals_the_dall_e_package():
     dall_e = pytest.importorskip("dall_e")
-    ours = small(hidden=16, groups=4, blocks_per_group=2, vocab_size=64).eval()
-    common = dict(group_count=4, n_hid=16, n_blk_per_group=2, vocab_size=64, requires_grad=False)
-    encoder, decoder = dall_e.Encoder(input_channels=3, **common), dall_e.Decoder(n_init=128, output_channels=3, **common)
+    ours = small(hidden=64, groups=4, blocks_per_group=2, vocab_size=512).eval()
+    common = dict(n_hid=64, n_blk_per_group=2, vocab_size=512)
+    encoder, decoder = dall_e.Encoder(**common), dall_e.Decoder(**common)
     ours.encoder.load_state_dict(encoder.state_dict(), strict=True)
     ours.decoder.load_state_dict(decoder.state_dict(), strict=True)
     for size in (16, 40):
         images = torch.rand(2, 3, size, size)
         logits = encoder(dall_e.map_pixels(images))
         torch.testing.assert_close(ours.encode(images), logits, atol=1e-5, rtol=1e-5)
-        z = torch.nn.functional.one_hot(logits.argmax(1), 64).permute(0, 3, 1, 2).float()
+        z = torch.nn.functional.one_hot(logits.argmax(1), 512).permute(0, 3, 1, 2).float()
         theirs = dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3]))
         torch.testing.assert_close(ours.decode(logits.argmax(1)), theirs, atol=1e-5, rtol=1e-5)

@@ -237,9 +237,8 @@ def test_token_grids_that_do_not_match(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "/absent"], "--data: /absent is not a folder"), (["--tokenizer", "/absent"], "--tokenizer: /absent is not a file"),
     (["--data", "fashion-mnist", "--data-root", "/absent"], "--data-root: /absent has no"),
-    (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
+    (["--tokenizer", "/absent"], "--tokenizer: /absent is not a file"), (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
 ])
 def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message):
     process = start("--out", tmp_path / "out", *flags)
