@@ -95,7 +95,7 @@ WRONG = [
     ("--seed 5000000000", "--seed"), ("--masking random --log-aspect", "--log-aspect: only with"),
     ("--masking random --no-exact-masks", "--no-exact-masks: only with"), ("--tokenizer a.pt --tokenizer-steps 3", "--tokenizer-steps: not used"),
     ("--lr -1", "--lr"), ("--epochs inf", "--epochs"), ("--steps 2 --epochs 2", "--steps and --epochs"),
-    ("--batch-size 0", "--batch-size"), ("--accumulate 3", "--batch-size: 64 .* 66 would"), ("--patch-size 7", "--patch-size: 7"),
+    ("--batch-size 0", "--batch-size"), ("--accumulate 3", "--batch-size: 32 .* 33 would"), ("--patch-size 7", "--patch-size: 7"),
     ("--patch-size 0", "--patch-size"), ("--image-size 0", "--patch-size"), ("--heads 5", "--heads"), ("--depth 0", "--depth"),
     ("--drop-path 1", "--drop-path"), ("--position sine", "--position"), ("--layer-scale -1", "--layer-scale"),
     ("--pixel-mean 1 2", "--pixel-mean"), ("--pixel-std 0 1 1", "--pixel-std"), ("--mlp-ratio 0", "--mlp-ratio"),
@@ -125,7 +125,7 @@ def test_wrong_command_lines_of_the_tokenizer(flags):
 
 def test_batch_that_processes_cannot_share(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="--batch-size: 64 does not divide into 3 processes"):
+    with pytest.raises(UserError, match="--batch-size: 32 does not divide into 3 processes"):
         parse()
 
 
