@@ -164,6 +164,11 @@ class Folder:
         return str(self.paths[index])
 
 
+def open_splits(data, root):
+    """(training images, held-out images) of --data, as open_images finds them."""
+    return open_images(data, root, "train"), open_images(data, root, "val")
+
+
 def open_images(data, root, split):
     """The images of --data for pre-training, labels aside; split "train" or "val".
 
@@ -247,6 +252,7 @@ def random_crop_box(width, height, rng, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def centre_box(width, height):
+    """(left, top, right, bottom) of the largest centred square."""
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2
 
@@ -381,10 +387,6 @@ def _collate(samples):
 
 def _start_worker(_):
     os.setpgrp()    # Ctrl-C and torchrun signal the whole group: workers must live until the step has ended
-
-
-def to_device(tensors, device):
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
 def to_float(images):

@@ -131,9 +131,9 @@ class DiscreteVAE(nn.Module):
         """Place the V codes on V patches of these images, so that training starts with all of them in use.
 
         With f the features that the encoder's last convolution sees, in units of their spread, and f_k those of a random
-        place in the images, the convolution is set to logits = -s |f - f_k|^2 (up to a constant in k): q(z | x) is a soft nearest-neighbour
-        choice. s gives a code at the mean distance a logit of -sharpness ln V. The codebook starts as a random projection
-        of f_k, so that near codes decode alike.
+        place in the images, the convolution is set to logits = -s |f - f_k|^2 (up to a constant in k): q(z | x) is a soft
+        nearest-neighbour choice. s gives a code at the mean distance a logit of -sharpness ln V. The codebook starts as a
+        random projection of f_k, so that near codes decode alike.
         """
         features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
         features = features[torch.randperm(len(features)).to(features.device)]
@@ -291,7 +291,7 @@ def evaluate(model, batches, temperature, device, unreadable):
 def train(config, device):
     """Train a tokenizer in the folder config.out, or continue there. Returns the path of its model.pt."""
     with training.naming_flags():
-        source, held_out = (data.open_images(config.data, config.data_root, split) for split in ("train", "val"))
+        source, held_out = data.open_splits(config.data, config.data_root)
         torch.manual_seed(config.seed)
         model = DiscreteVAE(config.vocab_size, config.hidden, config.groups, config.blocks_per_group)
     views = data.Views(source, [config.image_size], (1, 1), seed=config.seed, crop_scale=config.crop_scale, jitter=config.jitter)
@@ -306,7 +306,7 @@ def train(config, device):
 
     model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (1 - min(config.ema, (1 + n) / (10 + n))) * (new - mean))
-    optimizer = training.adamw([{"params": model.parameters(), "weight_decay": config.weight_decay}], device)
+    optimizer = training.adamw([{"params": model.parameters(), "weight_decay": config.weight_decay}])
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
@@ -352,7 +352,7 @@ def train(config, device):
         run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 
     report, pictures = evaluation(config.temperature)
-    training.say("tokenizer, held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+    training.say(f"tokenizer, held-out images: {training.in_words(report)}")
     if training.rank() == 0:
         draw_reconstructions(*pictures).savefig(run.folder / "tokenizer.png", dpi=100)
     run.finish(ema.module, model.config, **report, unreadable_images=len(unreadable.names))
@@ -372,11 +372,8 @@ def draw_reconstructions(images, soft, hard):
 
 
 def main():
-    config = training.parse(Config, PRESETS)
-    training.show(config)
-    with training.processes(config) as device:
-        train(config, device)
+    training.run_script(Config, PRESETS, train)
 
 
 if __name__ == "__main__":
-    training.main_guard(main)
+    main()

@@ -184,36 +184,38 @@ def inputs_and_targets(batch, config, tokenizer, precision, device):
 
 @torch.no_grad()
 def predictions(model, batch, config, tokenizer, device):
-    """What draw_predictions shows: images with masked patches grey, the tokenizer's best, the prediction; (B, 3, ., .)."""
+    """What draw_predictions shows, title -> (B, 3, ., .): the images, masked patches grey, the true tokens decoded (not with
+    pixels as target), and the prediction, which keeps the truth where the model could see."""
     images, *token_images, mask = (tensor.to(device) for tensor in batch[:-1])
     images = data.to_float(images)
     outputs = model.eval()(images, mask, torch.ones_like(mask)).unflatten(0, mask.shape)                 # (B, h, w, V)
     shown = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
         tokens = tokenizer.tokenize(data.to_float(token_images[0]))
-        ceiling, predicted = tokenizer.decode(tokens), tokenizer.decode(torch.where(shown, outputs.argmax(-1), tokens))
+        best = {"tokenizer at best": tokenizer.decode(tokens)}
+        predicted = tokenizer.decode(torch.where(shown, outputs.argmax(-1), tokens))
     else:
-        pixels = patch_pixels(images, config)
-        ceiling, predicted = images, unpatch_pixels(torch.where(shown[..., None], outputs.float(), pixels), config)
+        best = {}
+        predicted = unpatch_pixels(torch.where(shown[..., None], outputs.float(), patch_pixels(images, config)), config)
     P = config.patch_size
     hidden = mask.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
-    return images, torch.where(hidden, 0.5, images), ceiling, predicted
+    return {"original": images, "masked": torch.where(hidden, 0.5, images), **best, "prediction": predicted}
 
 
-def draw_predictions(images, masked, ceiling, predicted, ceiling_label="tokenizer at best"):
-    """A figure with one image a row, two rows side by side; each argument (B, 3, ., .) in [0, 1]."""
-    columns = list(zip(("original", "masked", ceiling_label, "prediction"), (images, masked, ceiling, predicted)))
-    rows = math.ceil(len(images) / 2)
+def draw_predictions(columns):
+    """A figure of columns, title -> (B, 3, ., .) in [0, 1]: one image a row, two rows side by side."""
+    count = len(columns["original"])
+    rows = math.ceil(count / 2)
     figure = Figure(figsize=(11, 1.4 * rows + 0.4), layout="constrained")
     for half, side in enumerate(figure.subfigures(1, 2, wspace=0.03)):
-        axes = side.subplots(rows, 4, squeeze=False)
+        axes = side.subplots(rows, len(columns), squeeze=False)
         for axis in axes.flat:
             axis.set_axis_off()
         for row in range(rows):
-            for column, (label, pictures) in enumerate(columns):
+            for column, (label, pictures) in enumerate(columns.items()):
                 if row == 0:
                     axes[row][column].set_title(label, fontsize=10)
-                if half * rows + row < len(images):
+                if half * rows + row < count:
                     axes[row][column].imshow(pictures[half * rows + row].permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
     return figure
 
@@ -222,54 +224,65 @@ def draw_predictions(images, masked, ceiling, predicted, ceiling_label="tokenize
 # Pre-training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def main():
-    config = training.parse(Config, PRESETS)
-    training.show(config)
-    with training.processes(config) as device:
-        train(config, device)
+def open_tokenizer(config, images, steps):
+    """(the tokenizer of --tokenizer or None, the config of the one to train instead or None, pixels a side of its view or
+    None), for a run of that many images and steps. UserError where it does not fit; nothing is trained or written yet."""
+    if config.target == "pixels":
+        return None, None, None
+    if config.tokenizer:
+        tokenizer = dvae.load(config.tokenizer)
+        return tokenizer, None, token_image_size(config, tokenizer.downsample)
+    to_train = tokenizer_config(config, images, steps)
+    return None, to_train, token_image_size(config, 2 ** (to_train.groups - 1))
+
+
+def make_views(config, source, held_out, token_size):
+    """The training and the held-out data.Views: patches' view, tokenizer's view (none for pixels), mask."""
+    sizes = [config.image_size] + ([token_size] if token_size else [])
+    return [data.Views(images, sizes, config.grid, num_masked=config.num_masked, masking=config.masking, seed=config.seed,
+                       train=train, crop_scale=config.crop_scale, jitter=config.jitter, exact=config.exact_masks,
+                       log_aspect=config.log_aspect) for images, train in ((source, True), (held_out, False))]
 
 
 def train(config, device):
+    """Pre-train in the folder config.out, or continue there: views -> tokens -> mask -> logits -> loss -> step (sec. 2.3).
+
+    Leaves metrics.jsonl, last.pt, model.pt, predictions.png and result.json, and <out>/tokenizer if it trained one. UserError,
+    before anything is written, for data, a tokenizer or an --out that do not fit the config.
+    """
     with training.naming_flags():
-        source, held_out = (data.open_images(config.data, config.data_root, split) for split in ("train", "val"))
+        source, held_out = data.open_splits(config.data, config.data_root)
     total, per_epoch = training.steps_and_epoch(config, len(source))
-    tokenizer = dvae.load(config.tokenizer) if config.tokenizer else None
-    sizes = [config.image_size]
-    if config.target == "tokens":
-        to_train = None if tokenizer else tokenizer_config(config, len(source), total)
-        sizes.append(token_image_size(config, tokenizer.downsample if tokenizer else 2 ** (to_train.groups - 1)))
+    tokenizer, to_train, token_size = open_tokenizer(config, len(source), total)
     run = training.Run(config, device, total)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
-
-    if config.target == "tokens":
-        tokenizer = tokenizer or dvae.load(dvae.train(to_train, device))
+    if to_train:
+        tokenizer = dvae.load(dvae.train(to_train, device))
+    if tokenizer:
         tokenizer.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    views, val_views = (data.Views(images, sizes, config.grid, num_masked=config.num_masked, masking=config.masking,
-                                      seed=config.seed, train=images is source, crop_scale=config.crop_scale,
-                                      jitter=config.jitter, exact=config.exact_masks, log_aspect=config.log_aspect)
-                        for images in (source, held_out))
-    here = dict(rank=training.rank(), world_size=training.world_size())
 
     torch.manual_seed(config.seed)
     model = vit.MaskedImageModel(config.backbone, tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2)
     model.to(device)
-    optimizer = training.adamw(training.parameter_groups(model, config.weight_decay), device)
+    optimizer = training.adamw(training.parameter_groups(model, config.weight_decay))
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
-    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
     network = training.distribute(torch.compile(model) if config.compile else model, device)
-    training.say(f"backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, patches {config.grid[0]}x{config.grid[1]}, "
-                 f"{config.num_masked} masked; {total} steps of {config.batch_size} images, {total / per_epoch:.3g} epochs, "
-                 f"peak lr {config.lr:g}, {here['world_size']} x {device}, {str(precision.dtype).removeprefix('torch.')}")
+    here = dict(rank=training.rank(), world_size=training.world_size())
+    views, val_views = make_views(config, source, held_out, token_size)
+    batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
 
     def evaluation():
         return evaluate(model, data.val_loader(val_views, config, device, **here), config, tokenizer, precision, device, unreadable)
 
+    training.say(f"backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, patches {config.grid[0]}x{config.grid[1]}, "
+                 f"{config.num_masked} masked; {total} steps of {config.batch_size} images, {total / per_epoch:.3g} epochs, "
+                 f"peak lr {config.lr:g}, {here['world_size']} x {device}, {str(precision.dtype).removeprefix('torch.')}")
     report, baselines = evaluation()
-    training.say("held-out images, before training: " + ", ".join(f"{name} {value:.4g}" for name, value in {**report, **baselines}.items()))
-    batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    training.say(f"held-out images, at step {run.start}: {training.in_words({**report, **baselines})}")
 
     for step in run.progress("pretrain"):
         training.seed_step(config.seed, step)
@@ -295,14 +308,17 @@ def train(config, device):
                 **baselines, **report)
         run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 
-    report = report or evaluation()[0]
-    training.say("held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in {**report, **baselines}.items()))
+    training.say(f"held-out images: {training.in_words({**report, **baselines})}")
     if training.rank() == 0:
-        batch = data.first_batch(val_views, 12, device)
-        draw_predictions(*predictions(model, batch, config, tokenizer, device)).savefig(run.folder / "predictions.png", dpi=100)
+        pictures = predictions(model, data.first_batch(val_views, 12, device), config, tokenizer, device)
+        draw_predictions(pictures).savefig(run.folder / "predictions.png", dpi=100)
     run.finish(model, {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}, **report, **baselines,
                unreadable_images=len(unreadable.names))
 
 
+def main():
+    training.run_script(Config, PRESETS, train)
+
+
 if __name__ == "__main__":
-    training.main_guard(main)
+    main()

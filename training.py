@@ -91,8 +91,6 @@ def parse(Config, presets, argv=None):
     parser = _parser(Config, presets)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "base" if "data" in given else "demo")
-    if preset not in presets:
-        raise UserError(f"--preset: {_one_of(presets)}, not {preset}")
     values = {**presets[preset], **given, "preset": preset}
     if "steps" in given and "epochs" in given:
         raise UserError("--steps and --epochs: give one of them")
@@ -150,8 +148,6 @@ def _parser(Config, presets):
     for cls in Config.__mro__[:-1]:
         group = parser.add_argument_group(cls.__doc__)
         for name, comment in re.findall(r"^    (\w+): .*?    # (.+)$", inspect.getsource(cls), flags=re.M):
-            if Config.__dataclass_fields__[name].type != cls.__dataclass_fields__[name].type:
-                continue                                # a subclass says it better
             in_presets = ", ".join(f"{p}: {_text(v[name])}" for p, v in presets.items() if name in v)
             default = _text(Config.__dataclass_fields__[name].default)
             text = comment.replace("%", "%%") + (f" ({in_presets}; else {default})" if in_presets else f" ({default})")
@@ -179,15 +175,15 @@ def show(config):
             say(f"{cls.__doc__.splitlines()[0]}: " + ", ".join(f"{f.name} {_text(getattr(config, f.name))}" for f in fields))
 
 
+def in_words(values):
+    """A dict of numbers on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
 def _text(value):
     if value is None:
         return "none"
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _one_of(names):
-    *first, last = names
-    return f"{', '.join(first)} or {last}"
 
 
 def steps_and_epoch(config, images):
@@ -203,10 +199,12 @@ def steps_and_epoch(config, images):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def rank():
+    """This process's number among all of them, from torchrun; 0 without."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size():
+    """How many processes the run has, on all machines; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -309,10 +307,14 @@ def only_last_part_communicates(model, part, parts):
         yield
 
 
-def main_guard(main):
-    """Run a script's main: a UserError becomes one line on stderr and its exit status."""
+def run_script(Config, presets, train):
+    """A script's main: parse the command line, join the other processes, train(config, device). A UserError becomes one line
+    on stderr and its exit status."""
     try:
-        main()
+        config = parse(Config, presets)
+        show(config)
+        with processes(config) as device:
+            train(config, device)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -364,9 +366,9 @@ def parameter_groups(model, weight_decay, no_decay=("cls_token", "pos_embed")):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def adamw(groups, device, betas=(0.9, 0.999), eps=1e-8):
-    """torch.optim.AdamW with the paper's betas and epsilon; the learning rate is set at each step."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+def adamw(groups):
+    """torch.optim.AdamW with the paper's betas and epsilon (appendix), fused; set_lr gives it the learning rate of each step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def choose_precision(name, device):
@@ -421,6 +423,7 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
+    """write_atomically, for readable JSON."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
@@ -548,7 +551,8 @@ class Run:
         step counts finished steps, from 1. values: plain numbers, loss and lr among them.
         """
         now, (then, before) = time.perf_counter(), self._since
-        if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or any(name.startswith("val_") for name in values)):
+        evaluated = any(name.startswith("val_") for name in values)
+        if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or evaluated):
             return
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
         self._since = (now, step)
@@ -557,8 +561,8 @@ class Run:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}")
-        if step % max(1, self.steps // 10) < self.config.log_every or any(name.startswith("val_") for name in values):
-            say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if step % max(1, self.steps // 10) < self.config.log_every or evaluated:
+            say(f"step {step}/{self.steps}  {in_words(values)}")
 
     def end_of_step(self, step, **parts):
         """Write last.pt if it is time, or if any process was told to stop; in that case, leave as the signal says."""

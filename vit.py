@@ -92,6 +92,7 @@ def relative_position_index(grid):
 
 
 def relative_position_table(config):
+    """The bias table that relative_position_index points into, a parameter of ((2h-1)(2w-1) + 3, heads), zero at first."""
     rows = (2 * config.grid[0] - 1) * (2 * config.grid[1] - 1) + 3
     return nn.Parameter(torch.zeros(rows, config.heads))
 

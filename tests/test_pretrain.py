@@ -156,12 +156,46 @@ def test_every_objective_runs(tokenizer, tmp_path, flags):
     vit.MaskedImageModel(vit.ViTConfig(**checkpoint["config"]["vit"]), checkpoint["config"]["vocab_size"]).load_state_dict(checkpoint["model"])
 
 
+def one_batch(tokenizer, tmp_path, *flags):
+    """The training batch of the first step under these flags: mask, and the targets of the predicted places."""
+    config = configured(tokenizer, tmp_path, "--image-size", "64", "--batch-size", "64", "--crop-scale", "1", *flags)
+    source = data.open_images("shapes", "data", "train")
+    model, _, size = pretrain.open_tokenizer(config, len(source), 1)
+    views, _ = pretrain.make_views(config, source, source, size)
+    batch = next(iter(data.train_loader(views, config, CPU, start=0, stop=1, rank=0, world_size=1)))
+    _, mask, predict, targets = pretrain.inputs_and_targets(batch, config, model, training.Precision("fp32", CPU), CPU)
+    assert len(targets) == predict.sum() and mask.shape == (64, 8, 8)
+    return mask, targets
+
+
+def neighbours(mask):
+    """How many pairs of masked cells touch, an image."""
+    return ((mask[:, 1:] & mask[:, :-1]).sum() + (mask[:, :, 1:] & mask[:, :, :-1]).sum()).item() / len(mask)
+
+
+def test_each_ablation_does_what_it_says(tokenizer, tmp_path):
+    blocks, tokens = one_batch(tokenizer, tmp_path)
+    assert (blocks.sum((1, 2)) == 25).all() and tokens.shape == (64 * 25,) and tokens.dtype == torch.int64
+    dots, _ = one_batch(tokenizer, tmp_path, "--masking", "random")
+    assert (dots.sum((1, 2)) == 25).all() and neighbours(dots) < 0.7 * neighbours(blocks)
+    mask, everything = one_batch(tokenizer, tmp_path, "--predict", "all")
+    assert torch.equal(mask, blocks) and everything.shape == (64 * 64,) and torch.equal(everything.view(64, 8, 8)[mask], tokens)
+    nothing, everything_too = one_batch(tokenizer, tmp_path, "--masking", "none", "--predict", "all")
+    assert not nothing.any() and torch.equal(everything, everything_too)
+    _, pixels = one_batch(None, tmp_path, "--target", "pixels")
+    assert pixels.shape == (64 * 25, 3 * 8 * 8) and pixels.dtype == torch.float32
+    counts = one_batch(tokenizer, tmp_path, "--no-exact-masks")[0].sum((1, 2))
+    assert counts.min() >= 26 and counts.unique().numel() > 3          # Algorithm 1 stops after crossing 0.4 N
+    assert not torch.equal(one_batch(tokenizer, tmp_path, "--log-aspect")[0], blocks)
+    assert (one_batch(tokenizer, tmp_path, "--mask-ratio", "0.6")[0].sum((1, 2)) == 38).all()
+
+
 def test_one_batch_is_overfitted(tokenizer):
     torch.manual_seed(0)
     model = vit.MaskedImageModel(vit.ViTConfig(image_size=32, patch_size=8, dim=48, depth=2, heads=2, drop_path=0.0), 64)
     images, mask = torch.rand(6, 3, 32, 32), torch.rand(6, 4, 4) < 0.4
     targets = torch.randint(64, mask.shape)[mask]
-    optimizer, precision = training.adamw(training.parameter_groups(model, 0.0), CPU), training.Precision("fp32", CPU)
+    optimizer, precision = training.adamw(training.parameter_groups(model, 0.0)), training.Precision("fp32", CPU)
     for step in range(150):
         training.set_lr(optimizer, 3e-3)
         loss, accuracy = pretrain.loss_and_accuracy(model(images, mask), targets)
