@@ -4,6 +4,7 @@
 """
 import math
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,20 +37,74 @@ def logit_laplace_nll(x, mu, log_b):
     return math.log(2) + log_b + torch.log(x * (1 - x)) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
 
 
-def kl_to_uniform(log_q):
-    """KL(q || uniform) over the last axis, ln V - H(q), in nats; log_q is normalised."""
-    return math.log(log_q.shape[-1]) + (log_q.exp() * log_q).sum(-1)
+CHUNK = {"cpu": 2 ** 21, "cuda": 2 ** 28}     # logits computed at a time: what a CPU's caches hold; on a GPU, few kernels
 
 
-def gumbel_noise(logits, seeds=None):
-    """-ln(-ln(uniform)) in the shape of logits; with seeds, each image's from a generator of its own."""
-    noise = torch.empty_like(logits)                                   # -ln(uniform) is Exp(1)
-    if seeds is None:
-        return -noise.exponential_().log()
-    generator = torch.Generator(device=logits.device)
-    for image, seed in zip(noise, seeds, strict=True):
-        image.exponential_(generator=generator.manual_seed(seed))
-    return -noise.log()
+class GumbelCodes(torch.autograd.Function):
+    """Gumbel-softmax codes and KL of features, without a tensor of all logits ever leaving the cache more than it must.
+
+    features (B, N, d) with logits l = features w^T + b, w (V, d), b (V,); q = softmax(l). Returns
+        codes (B, N, 128) = z table^T, z = softmax((l + g) / temperature), g Gumbel noise; table (128, V);
+        kl, a scalar: KL(q || uniform) = ln V + sum_k q_k ln q_k, in nats, mean over B N tokens.
+    seeds: one integer an image for its noise, or None for no noise.
+
+    Images are taken a few at a time. Kept for the gradient, in the dtype of features: z, and the gradient of the KL term,
+    dKL/dl = q (ln q - sum_k q_k ln q_k), so that the backward pass needs neither exponentials nor noise.
+    """
+
+    @staticmethod
+    def forward(ctx, features, w, b, table, temperature, seeds):
+        B, N, V, dtype = *features.shape[:2], len(w), features.dtype
+        w, b, table = w.to(dtype), b.to(dtype), table.to(dtype)
+        step = max(1, CHUNK[features.device.type] // (N * V))
+        z, kl_grad = (features.new_empty(B * N, V) for _ in range(2))
+        codes, neg_entropy = features.new_empty(B * N, len(table)), features.new_empty(B * N, 1, dtype=torch.float32)
+        for first in range(0, B, step):
+            images = slice(first, first + step)
+            rows = slice(first * N, min(first + step, B) * N)
+            log_q = F.linear(features[images].flatten(0, 1), w, b).float().log_softmax(-1)              # (rows, V)
+            q = log_q.exp()
+            torch.linalg.vecdot(q, log_q, out=neg_entropy[rows, 0])
+            torch.mul(q, log_q - neg_entropy[rows], out=kl_grad[rows])
+            if seeds is not None:
+                log_q += gumbel_noise((N, V), seeds[images], features.device).flatten(0, 1)              # softmax ignores ln q's shift
+            z[rows] = log_q.mul_(1 / temperature).softmax(-1)
+            torch.mm(z[rows], table.t(), out=codes[rows])
+        ctx.save_for_backward(features, w, table, z, kl_grad)
+        ctx.temperature = temperature
+        return codes.view(B, N, -1), math.log(V) + neg_entropy.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_codes, d_kl):
+        features, w, table, z, kl_grad = ctx.saved_tensors
+        features, d_codes = features.flatten(0, 1), d_codes.flatten(0, 1).to(z.dtype)
+        step = max(1, CHUNK[z.device.type] // z.shape[1])
+        d_features, d_w, d_b, d_table = torch.empty_like(features), torch.zeros_like(w), torch.zeros_like(w[:, 0]), torch.zeros_like(table)
+        for first in range(0, len(z), step):
+            rows = slice(first, first + step)
+            d_z = d_codes[rows] @ table                                                                  # (rows, V)
+            d_table.addmm_(d_codes[rows].t(), z[rows])
+            d_z -= torch.linalg.vecdot(d_z, z[rows])[:, None]
+            d_logits = (kl_grad[rows] * (d_kl / len(z))).addcmul_(d_z, z[rows], value=1 / ctx.temperature)
+            torch.mm(d_logits, w, out=d_features[rows])
+            d_w.addmm_(d_logits.t(), features[rows])
+            d_b += d_logits.sum(0)
+        return d_features.view(ctx.saved_tensors[0].shape), d_w, d_b, d_table, None, None
+
+
+def gumbel_noise(shape, seeds, device):
+    """-ln(-ln(uniform)) of (len(seeds), *shape): an image's noise depends on its seed alone. On CPUs, images in parallel."""
+    noise = torch.empty(len(seeds), *shape, device=device)
+    def fill(image, seed):
+        image.uniform_(generator=torch.Generator(device=device).manual_seed(seed))
+    if device.type == "cpu" and len(seeds) > 1:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, noise, seeds))
+    else:
+        for image, seed in zip(noise, seeds):
+            fill(image, seed)
+    return noise.log_().neg_().log_().neg_()
 
 
 class Conv2d(nn.Module):
@@ -135,7 +190,7 @@ class DiscreteVAE(nn.Module):
         nearest-neighbour choice. s gives a code at the mean distance a logit of -sharpness ln V. The codebook starts as a
         random projection of f_k, so that near codes decode alike.
         """
-        features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
+        features = self.features(images).flatten(0, 2)                          # (B h w, width)
         features = features[torch.randperm(len(features)).to(features.device)]
         _, group = features.unique(dim=0, return_inverse=True)                  # black corners need one code, not hundreds:
         order = torch.arange(len(group), device=group.device)
@@ -151,20 +206,42 @@ class DiscreteVAE(nn.Module):
         codes = f_k @ torch.randn(f_k.shape[1], CODE_DIM, device=f_k.device)
         table.w.copy_((codes / codes.std()).t()[..., None, None])
 
-    def encode(self, images):
-        """Logits of q(z | x): (B, V, h, w)."""
+    def features(self, images):
+        """What the encoder's last convolution sees, (B, h, w, 2 ** (groups - 1) * hidden)."""
         if images.shape[-1] % self.downsample or images.shape[-2] % self.downsample:
             raise ValueError(f"images are {tuple(images.shape)}: height and width must be multiples of {self.downsample}")
-        return self.encoder.blocks(map_pixels(images))
+        images = map_pixels(images).to(self.encoder.blocks.input.w.dtype, memory_format=torch.channels_last)
+        return F.relu(self.encoder.blocks[:-1](images)).permute(0, 2, 3, 1)
+
+    def encode(self, images):
+        """Logits of q(z | x): (B, V, h, w)."""
+        output = self.encoder.blocks.output.conv
+        return F.linear(self.features(images), output.w.flatten(1), output.b).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def tokenize(self, images):
-        """The most likely code of each place, z = argmax q(z | x), no noise: (B, h, w) int64."""
-        return self.encode(images).argmax(dim=1)
+        """The most likely code of each place, z = argmax q(z | x), no noise: (B, h, w) int64.
+
+        Logits are computed some places at a time, and in fp32 whatever the features are: rounded to bf16 or fp16, near
+        codes could not be told apart.
+        """
+        features, output = self.features(images), self.encoder.blocks.output.conv                       # (B, h, w, d)
+        rows = features.flatten(0, 2).split(max(1, CHUNK[images.device.type] // self.vocab_size))
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = [F.linear(some.float(), output.w.flatten(1).float(), output.b.float()).argmax(-1) for some in rows]
+        return torch.cat(tokens).view(features.shape[:3])
+
+    def for_tokenizing(self, device, dtype):
+        """Itself on the device with nothing to train: channels last, and the weights of all convolutions but the last in dtype."""
+        self.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.encoder.blocks[:-1].to(dtype)
+        return self
 
     @torch.no_grad()
     def decode(self, tokens):
-        """Images (B, C, H, W) in [0, 1] from tokens (B, h, w): sigmoid(mu), unmapped."""
+        """Images (B, C, H, W) in [0, 1] from tokens (B, h, w): sigmoid(mu), unmapped. ValueError without a decoder."""
+        if self.decoder is None:
+            raise ValueError("this tokenizer has no decoder: decoder.pkl was not beside encoder.pkl")
         return self.pixels(self.codes(tokens))[0]
 
     def codes(self, tokens):
@@ -180,28 +257,18 @@ class DiscreteVAE(nn.Module):
     def forward(self, images, temperature, seeds=None):
         """One Gumbel-softmax sample of the ELBO's two terms. In eval mode without noise: softmax(logits / temperature).
 
-        seeds: one integer an image for its noise, whatever batch it comes in; None draws from the global generator.
+        seeds: one integer an image for its noise, whatever batch it comes in; None draws them from the global generator.
         """
-        logits = self.encode(images).permute(0, 2, 3, 1).float()       # (B, h, w, V): codes contiguous, softmax is one pass
-        log_q = logits.log_softmax(-1)
-        if self.training:
-            logits = logits + gumbel_noise(logits, seeds)
-        z = (logits / temperature).softmax(-1)
-        table = self.decoder.blocks.input
-        codes = F.linear(z, table.w[:, :, 0, 0], table.b).permute(0, 3, 1, 2)  # (B, h, w, V) -> (B, 128, h, w)
+        if seeds is None:
+            seeds = torch.randint(2 ** 62, (len(images),)).tolist()
+        features = self.features(images)                               # (B, h, w, d)
+        output, table = self.encoder.blocks.output.conv, self.decoder.blocks.input
+        with torch.autocast(images.device.type, enabled=False):
+            codes, kl = GumbelCodes.apply(features.flatten(1, 2), output.w.flatten(1), output.b, table.w.flatten(1), temperature,
+                                          seeds if self.training else None)
+        codes = (codes + table.b).unflatten(1, features.shape[1:3]).permute(0, 3, 1, 2)                  # (B, 128, h, w)
         reconstruction, mu, log_b = self.pixels(codes)
-        nll = logit_laplace_nll(map_pixels(images), mu, log_b)
-        return ELBO(nll.mean(), kl_to_uniform(log_q).mean(), reconstruction)
-
-
-def load(path, flag="--tokenizer"):
-    """The DiscreteVAE in a model.pt that `python dvae.py` left. UserError names the flag."""
-    checkpoint = training.read_checkpoint(path, flag)
-    if checkpoint.get("kind") != "DiscreteVAE":
-        raise training.UserError(f"{flag}: {path} holds a {checkpoint.get('kind', 'model')}, not a DiscreteVAE of dvae.py")
-    model = DiscreteVAE(**checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    return model
+        return ELBO(logit_laplace_nll(map_pixels(images), mu, log_b).mean(), kl, reconstruction)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ import data
 import dvae
 import training
 import vit
+import weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(training.RunConfig, vit.ViTConfig):
     """Masked image modeling"""
-    tokenizer: str | None = None    # model.pt of `python dvae.py`; without it one is trained first, in <out>/tokenizer
+    tokenizer: str | None = None    # model.pt of `python dvae.py`, or DALL-E's encoder.pkl (and the decoder.pkl beside it, for pictures); without, one is trained first, in <out>/tokenizer
     tokenizer_preset: Literal["demo", "small", "base"] = "small"    # dvae.py preset of the tokenizer that is trained without --tokenizer
     tokenizer_steps: int | None = None    # its steps; default: its preset's, but no more than this run's
     token_image_size: int | None = None    # pixels a side of the tokenizer's view; default: the patch grid times what the tokenizer reduces by
@@ -78,7 +79,7 @@ def paper_preset(name, **more):
 
 PRESETS = {
     "demo": dict(epochs=2.5, batch_size=32, lr=2e-3, min_lr=2e-5, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4,
-                 heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.6, tokenizer_preset="demo",
+                 heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.6, jitter=0.0, tokenizer_preset="demo",
                  log_every=1, save_every=100, eval_every=1000),
     "tiny": paper_preset("tiny"),
     "small": paper_preset("small"),
@@ -175,8 +176,7 @@ def inputs_and_targets(batch, config, tokenizer, precision, device):
     images = data.to_float(images)
     predict = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
-        with precision.autocast():
-            targets = tokenizer.tokenize(data.to_float(token_images[0]).contiguous(memory_format=torch.channels_last))
+        targets = tokenizer.tokenize(data.to_float(token_images[0]))
     else:
         targets = patch_pixels(images, config)
     return images, mask, predict, targets[predict]                     # (M,) tokens or (M, C P P) pixels
@@ -185,21 +185,25 @@ def inputs_and_targets(batch, config, tokenizer, precision, device):
 @torch.no_grad()
 def predictions(model, batch, config, tokenizer, device):
     """What draw_predictions shows, title -> (B, 3, ., .): the images, masked patches grey, the true tokens decoded (not with
-    pixels as target), and the prediction, which keeps the truth where the model could see."""
+    pixels as target), and the prediction, which keeps the truth where the model could see. With a tokenizer that has no
+    decoder, the last two give way to the patches whose token the model saw or found."""
     images, *token_images, mask = (tensor.to(device) for tensor in batch[:-1])
     images = data.to_float(images)
     outputs = model.eval()(images, mask, torch.ones_like(mask)).unflatten(0, mask.shape)                 # (B, h, w, V)
     shown = mask if config.predict == "masked" else torch.ones_like(mask)
-    if tokenizer:
-        tokens = tokenizer.tokenize(data.to_float(token_images[0]))
-        best = {"tokenizer at best": tokenizer.decode(tokens)}
-        predicted = tokenizer.decode(torch.where(shown, outputs.argmax(-1), tokens))
-    else:
-        best = {}
-        predicted = unpatch_pixels(torch.where(shown[..., None], outputs.float(), patch_pixels(images, config)), config)
-    P = config.patch_size
-    hidden = mask.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
-    return {"original": images, "masked": torch.where(hidden, 0.5, images), **best, "prediction": predicted}
+
+    def without(places):
+        places = places.repeat_interleave(config.patch_size, 1).repeat_interleave(config.patch_size, 2)[:, None]
+        return torch.where(places, 0.5, images)                        # (B, 3, H, W)
+    columns = {"original": images, "masked": without(mask)}
+    if not tokenizer:
+        pixels = torch.where(shown[..., None], outputs.float(), patch_pixels(images, config))
+        return {**columns, "prediction": unpatch_pixels(pixels, config)}
+    tokens = tokenizer.tokenize(data.to_float(token_images[0]))
+    predicted = torch.where(shown, outputs.argmax(-1), tokens)
+    if tokenizer.decoder is None:
+        return {**columns, "right tokens": without(predicted != tokens)}
+    return {**columns, "tokenizer at best": tokenizer.decode(tokens), "prediction": tokenizer.decode(predicted)}
 
 
 def draw_predictions(columns):
@@ -230,7 +234,7 @@ def open_tokenizer(config, images, steps):
     if config.target == "pixels":
         return None, None, None
     if config.tokenizer:
-        tokenizer = dvae.load(config.tokenizer)
+        tokenizer = weights.load_tokenizer(config.tokenizer)
         return tokenizer, None, token_image_size(config, tokenizer.downsample)
     to_train = tokenizer_config(config, images, steps)
     return None, to_train, token_image_size(config, 2 ** (to_train.groups - 1))
@@ -258,15 +262,15 @@ def train(config, device):
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
     if to_train:
-        tokenizer = dvae.load(dvae.train(to_train, device))
+        tokenizer = weights.load_tokenizer(dvae.train(to_train, device))
+    precision = training.Precision(config.precision, device)
     if tokenizer:
-        tokenizer.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        tokenizer.for_tokenizing(device, precision.dtype)
 
     torch.manual_seed(config.seed)
     model = vit.MaskedImageModel(config.backbone, tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2)
     model.to(device)
     optimizer = training.adamw(training.parameter_groups(model, config.weight_decay))
-    precision = training.Precision(config.precision, device)
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)

@@ -17,6 +17,7 @@ import dvae
 import pretrain
 import training
 import vit
+import weights
 from conftest import ROOT
 from training import UserError
 
@@ -72,11 +73,11 @@ def test_the_tokenizer_that_was_trained_is_the_one_that_loads(tokenizer):
     result = json.loads((folder / "result.json").read_text())
     assert result["codes"] >= 2 and 1 <= result["perplexity"] <= 64 and result["hard_mse"] > 0 < result["soft_mse"]
     assert {"loss", "nll", "kl", "mse", "temperature", "kl_weight"} <= set(log(folder)[0]) and (folder / "tokenizer.png").stat().st_size > 1000
-    model = dvae.load(tokenizer)
+    model = weights.load_tokenizer(tokenizer)
     assert model.vocab_size == 64 and model.downsample == 4
-    with pytest.raises(UserError, match="^--tokenizer: .* not a DiscreteVAE"):
+    with pytest.raises(UserError, match="^--tokenizer: .* holds a MaskedImageModel"):
         torch.save({"model": {}, "kind": "MaskedImageModel"}, folder / "other.pt")
-        dvae.load(folder / "other.pt")
+        weights.load_tokenizer(folder / "other.pt")
 
 
 def test_the_tokenizer_continues_bit_for_bit(tokenizer, tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_baselines_by_hand(tokenizer, tmp_path, monkeypatch):
         model.lm_head.bias.fill_(-1e9)
         model.lm_head.bias[[3, 7, 9]] = torch.tensor([0.5, 0.25, 0.25]).log()
     batch = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.ones(2, 4, 4, dtype=torch.bool), [])
-    report, baselines = pretrain.evaluate(model, [batch, batch], config, dvae.load(tokenizer), training.Precision("fp32", CPU), CPU, data.CorruptImages(1, print))
+    report, baselines = pretrain.evaluate(model, [batch, batch], config, weights.load_tokenizer(tokenizer), training.Precision("fp32", CPU), CPU, data.CorruptImages(1, print))
     entropy = 1.5 * math.log(2)
     assert report["val_loss"] == pytest.approx(entropy) and report["val_accuracy"] == 0.5
     assert baselines == {"chance_loss": math.log(64), "unigram_entropy": pytest.approx(entropy), "majority_accuracy": 0.5}
