@@ -330,29 +330,34 @@ def perplexity(counts):
     return math.exp(-torch.special.xlogy(share, share).sum())
 
 
+TEMPERATURES = (1.0, 0.5, 0.25, 0.125)    # at which, beside its own, the final report gives the error of soft codes
+
+
 @torch.no_grad()
-def evaluate(model, batches, temperature, device, unreadable):
-    """Over held-out images of all processes: mean squared error on [0, 1] pixels with soft codes (softmax at the
-    temperature, no noise) and with hard ones (argmax); codes in use and their perplexity. Also the first pictures, or None."""
+def evaluate(model, batches, temperatures, device, unreadable):
+    """Over held-out images of all processes: (report, counts of the codes (V,)).
+
+    The report holds mean squared errors on [0, 1] pixels: hard_mse with hard codes (argmax), soft_mse with soft ones (softmax
+    at the last of the temperatures, no noise), soft_mse_at for each temperature; and the codes in use and their perplexity.
+    """
     model.eval()
-    counts, sums, pictures = torch.zeros(model.vocab_size, device=device), torch.zeros(3, device=device), None
+    counts, sums = torch.zeros(model.vocab_size, device=device), torch.zeros(2 + len(temperatures), device=device)
     for view, _, bad in batches:
         unreadable.warn(bad)
         images = data.to_float(view.to(device))
         tokens = model.tokenize(images)
-        soft, hard = model(images, temperature).images, model.decode(tokens)
         counts += torch.bincount(tokens.flatten(), minlength=model.vocab_size)
-        sums += torch.stack([(soft - images).square().mean() * len(images), (hard - images).square().mean() * len(images),
-                             torch.tensor(float(len(images)), device=device)])
-        pictures = pictures or (images[:12], soft[:12], hard[:12])
+        outputs = [model.decode(tokens)] + [model(images, temperature).images for temperature in temperatures]
+        errors = [(output - images).square().mean() for output in outputs]
+        sums += len(images) * torch.stack([*errors, torch.ones_like(errors[0])])
     for total in (counts, sums):
         training.all_sum(total)
-    soft_mse, hard_mse = (sums[:2] / sums[2]).tolist()
-    report = dict(soft_mse=soft_mse, hard_mse=hard_mse, codes=int((counts > 0).sum()), perplexity=perplexity(counts))
-    if report["perplexity"] < 0.02 * model.vocab_size:
+    hard_mse, *soft_mse = (sums[:-1] / sums[-1]).tolist()
+    report = dict(soft_mse=soft_mse[-1], hard_mse=hard_mse, codes=int((counts > 0).sum()), perplexity=perplexity(counts))
+    if report["perplexity"] < 0.01 * model.vocab_size:
         training.say(f"warning: the codebook is collapsing, {report['codes']} of {model.vocab_size} codes carry a perplexity of "
                      f"{report['perplexity']:.0f}; a higher --kl-weight, a longer --kl-ramp or more --steps may help")
-    return report, pictures
+    return {**report, "soft_mse_at": {f"{t:g}": error for t, error in zip(temperatures, soft_mse)}}, counts
 
 
 def train(config, device):
@@ -388,8 +393,8 @@ def train(config, device):
     unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
     channels_a_token = 3 * model.downsample ** 2                                # 192 in DALL-E
 
-    def evaluation(temperature):
-        return evaluate(ema.module, data.val_loader(val_views, config, device, **here), temperature, device, unreadable)
+    def evaluation(*temperatures):
+        return evaluate(ema.module, data.val_loader(val_views, config, device, **here), temperatures, device, unreadable)
 
     for step in run.progress("tokenizer"):
         lr = training.set_lr(optimizer, training.warmup_cosine(step, config.lr_ramp * total, config.lr, config.min_lr, config.warmup * total))
@@ -415,26 +420,64 @@ def train(config, device):
         ema.update_parameters(model)
         report = evaluation(temperature)[0] if (step + 1) % config.eval_every == 0 and step + 1 < total else {}
         run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm.item(), temperature=temperature,
-                kl_weight=beta, **{f"val_{name}": value for name, value in report.items()})
+                kl_weight=beta, **{f"val_{name}": value for name, value in report.items() if name != "soft_mse_at"})
         run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 
-    report, pictures = evaluation(config.temperature)
+    report, counts = evaluation(*(t for t in TEMPERATURES if t > config.temperature), config.temperature)
+    by_temperature = report.pop("soft_mse_at")
     training.say(f"tokenizer, held-out images: {training.in_words(report)}")
     if training.rank() == 0:
-        draw_reconstructions(*pictures).savefig(run.folder / "tokenizer.png", dpi=100)
-    run.finish(ema.module, model.config, **report, unreadable_images=len(unreadable.names))
+        images = data.to_float(data.first_batch(val_views, 256, device)[0])
+        draw_tokenizer(ema.module, images, counts, report, by_temperature).savefig(run.folder / "tokenizer.png", dpi=100)
+    run.finish(ema.module, model.config, **report, soft_mse_at=by_temperature, unreadable_images=len(unreadable.names))
     return run.folder / "model.pt"
 
 
-def draw_reconstructions(images, soft, hard):
-    """A figure of originals over their soft and hard reconstructions; each (n, 3, H, W) in [0, 1]."""
-    figure = Figure(figsize=(len(images), 3.4), layout="constrained")
-    axes = figure.subplots(3, len(images), squeeze=False)
-    for row, (label, pictures) in enumerate((("original", images), ("soft codes", soft), ("hard codes", hard))):
-        for axis, picture in zip(axes[row], pictures):
-            axis.imshow(picture.permute(1, 2, 0).float().cpu().numpy())
+@torch.no_grad()
+def draw_tokenizer(model, images, counts, report, by_temperature, columns=16, rows=6):
+    """A figure of the report: the first images over their soft and hard reconstructions; how often each code is used; the
+    error by temperature; and for the most used codes, patches of the images (B, 3, H, W) that map to them."""
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.2, 3, 5))
+
+    def show(axis, picture):
+        axis.imshow(picture.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+
+    def grid(part, rows, columns):
+        axes = part.subplots(rows, columns, squeeze=False)
+        for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+        return axes
+
+    first, tokens = images[:12], model.tokenize(images)
+    axes = grid(top, 3, 12)
+    soft = model.eval()(first, float(list(by_temperature)[-1])).images
+    for row, (label, pictures) in enumerate((("original", first), ("soft codes", soft), ("hard codes", model.decode(tokens[:12])))):
         axes[row][0].set_ylabel(label)
+        for axis, picture in zip(axes[row], pictures):
+            show(axis, picture)
+
+    usage, error = middle.subplots(1, 2)
+    used = counts[counts > 0].sort(descending=True).values.cpu()
+    usage.loglog(range(1, len(used) + 1), used / used.sum())
+    usage.set(title=f"{report['codes']} of {model.vocab_size} codes in use, perplexity {report['perplexity']:.0f}",
+              xlabel="rank of the code", ylabel="share of the tokens")
+    error.plot([float(t) for t in by_temperature], list(by_temperature.values()), "o-", label="soft codes")
+    error.axhline(report["hard_mse"], color="black", linestyle="--", label="hard codes")
+    error.set_xscale("log", base=2)
+    error.set(title="error by temperature", xlabel="temperature of the soft codes", ylabel="mean squared error",
+              ylim=(0, 1.15 * max(report["hard_mse"], *by_temperature.values())))
+    error.legend()
+
+    bottom.suptitle("patches of the most used codes")
+    P = model.downsample
+    patches = images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)             # (B h w, 3, P, P)
+    axes = grid(bottom, rows, columns)
+    for column, code in zip(axes.T, counts.topk(min(columns, len(used))).indices.tolist()):
+        column[0].set_title(f"{code}\n{counts[code] / counts.sum():.1%}", fontsize=9)
+        for axis, patch in zip(column, patches[tokens.flatten() == code]):
+            show(axis, patch)
     return figure
 
 

@@ -73,6 +73,7 @@ def test_the_tokenizer_that_was_trained_is_the_one_that_loads(tokenizer):
     result = json.loads((folder / "result.json").read_text())
     assert result["codes"] >= 2 and 1 <= result["perplexity"] <= 64 and result["hard_mse"] > 0 < result["soft_mse"]
     assert {"loss", "nll", "kl", "mse", "temperature", "kl_weight"} <= set(log(folder)[0]) and (folder / "tokenizer.png").stat().st_size > 1000
+    assert result["soft_mse_at"].keys() == {"1", "0.5", "0.25", "0.125", "0.0625"} and result["soft_mse_at"]["0.0625"] == result["soft_mse"]
     model = weights.load_tokenizer(tokenizer)
     assert model.vocab_size == 64 and model.downsample == 4
     with pytest.raises(UserError, match="^--tokenizer: .* holds a MaskedImageModel"):
@@ -189,6 +190,20 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path):
     assert counts.min() >= 26 and counts.unique().numel() > 3          # Algorithm 1 stops after crossing 0.4 N
     assert not torch.equal(one_batch(tokenizer, tmp_path, "--log-aspect")[0], blocks)
     assert (one_batch(tokenizer, tmp_path, "--mask-ratio", "0.6")[0].sum((1, 2)) == 38).all()
+
+
+@pytest.mark.parametrize("with_decoder", [True, False])
+def test_dall_e_is_a_tokenizer(tmp_path, with_decoder, monkeypatch):
+    dall_e = pytest.importorskip("dall_e")
+    common = dict(n_hid=64, n_blk_per_group=1, vocab_size=512)
+    torch.save(dall_e.Encoder(**common), tmp_path / "encoder.pkl")
+    if with_decoder:
+        torch.save(dall_e.Decoder(**common), tmp_path / "decoder.pkl")
+    shown, draw = [], pretrain.draw_predictions
+    monkeypatch.setattr(pretrain, "draw_predictions", lambda columns: shown.append(columns) or draw(columns))
+    lines = train(tmp_path / "encoder.pkl", tmp_path / "run", "--steps", "1")
+    assert abs(lines[0]["loss"] - math.log(512)) < 0.5
+    assert list(shown[0])[2:] == (["tokenizer at best", "prediction"] if with_decoder else ["right tokens"])
 
 
 def test_one_batch_is_overfitted(tokenizer):
