@@ -232,7 +232,16 @@ class DiscreteVAE(nn.Module):
         return torch.cat(tokens).view(features.shape[:3])
 
     def for_tokenizing(self, device, dtype):
-        """Itself on the device with nothing to train: channels last, and the weights of all convolutions but the last in dtype."""
+        """Itself on the device with nothing to train: channels last, and all of the encoder but its last convolution in dtype.
+
+        bf16 changes 2 % of the tokens of trained tokenizers of six layers, fp16 0.1 to 0.4 % (Fashion-MNIST, 1,024 codes): so
+        GPUs get fp16 for bf16, as in DALL-E's own code, and CPUs fp32, unless so many layers share the work that each adds
+        less than bf16 rounds.
+        """
+        if dtype == torch.bfloat16 and device.type == "cuda":
+            dtype = torch.float16
+        elif dtype == torch.bfloat16 and self.encoder.blocks.group_1.block_1.post_gain > 2 ** -6:
+            dtype = torch.float32
         self.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.encoder.blocks[:-1].to(dtype)
         return self

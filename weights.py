@@ -1,6 +1,6 @@
-"""Checkpoints that cross our border. Here: DALL-E's public tokenizer.
+"""Checkpoints from elsewhere: DALL-E's public tokenizer.
 
-Such a file is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
+A checkpoint is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
 inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
 import collections
@@ -122,10 +122,10 @@ def read(path):
 
 def kind_of(found):
     """In words, what `read` found."""
-    name = type(found).__name__
+    name = found["kind"] if isinstance(found, dict) and isinstance(found.get("kind"), str) else type(found).__name__
     if isinstance(found, dict) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
         return f"a state_dict of {len(found)} tensors, {next(iter(found))} first"
-    if isinstance(found, dict):
+    if name == "dict":
         return f"a dict of {', '.join(map(str, list(found)[:5])) or 'nothing'}"
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
@@ -192,13 +192,13 @@ def load_tokenizer(path, flag="--tokenizer"):
     path = Path(path)
     try:
         found = read(path)
-        if isinstance(found, dict) and found.get("kind", "DiscreteVAE") != "DiscreteVAE":
-            raise ValueError(f"{path} holds a {found['kind']}")
-        if isinstance(found, dict) and found.get("kind") == "DiscreteVAE":
-            model = dvae.DiscreteVAE(**found["config"])
-            model.load_state_dict(found["model"])
-            return model.eval().requires_grad_(False)
-        beside = path.with_name("decoder.pkl")
-        return load_dalle(path, beside if beside.exists() else None)
+        if isinstance(found, StandIn):
+            beside = path.with_name("decoder.pkl")
+            return load_dalle(path, beside if beside.exists() else None)
+        if not isinstance(found, dict) or found.get("kind") != "DiscreteVAE":
+            raise ValueError(f"{path} holds {kind_of(found)}")
+        model = dvae.DiscreteVAE(**found["config"])
+        model.load_state_dict(found["model"])
+        return model.eval().requires_grad_(False)
     except ValueError as error:
         raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None

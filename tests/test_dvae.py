@@ -107,112 +107,18 @@ def test_kl_to_uniform_by_hand():
         assert kl.item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tokens_of_a_coarse_encoder(dtype):
+def test_tokens_of_a_coarse_encoder():
     """Logits of near codes are close together: in half precision, many would be one number."""
     model = small(vocab_size=512)
     images = torch.rand(64, 3, 16, 16).cumsum(2).cumsum(3) / 256
     model.initialise_codes(images)
     fine, output = model.tokenize(images), model.encoder.blocks.output.conv
-    model.for_tokenizing(images.device, dtype)
-    assert model.encoder.blocks.input.w.dtype == dtype and output.w.dtype == torch.float32 and not output.w.requires_grad
+    assert torch.equal(model.for_tokenizing(images.device, torch.bfloat16).tokenize(images), fine)       # three layers: bf16 would be too coarse
+    model.for_tokenizing(images.device, torch.float16)
+    assert model.encoder.blocks.input.w.dtype == torch.float16 and output.w.dtype == torch.float32 and not output.w.requires_grad
     agree = (model.tokenize(images) == fine).float().mean()
-    rounded = F.linear(model.features(images), output.w.flatten(1).to(dtype), output.b.to(dtype)).argmax(-1)
-    assert agree > 0.8 and agree > (rounded == fine).float().mean() + 0.2
-
-
-def test_pixels_are_squeezed_and_back():
-    x = torch.rand(5)
-    assert map_pixels(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
-    torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
-
-
-def test_elbo_is_reduced_as_stated():
-    model = small().eval()
-    images = torch.rand(2, 3, 16, 24)
-    reconstruction, kl, output = model(images, temperature=0.7)
-    logits = model.encode(images)                                      # (B, V, h, w)
-    assert logits.shape == (2, 32, 4, 6) and output.shape == images.shape
-    log_q = logits.log_softmax(1)
-    per_token = math.log(32) + (log_q.exp() * log_q).sum(1)
-    assert kl.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
-    z = (logits / 0.7).softmax(1)
-    six = model.decoder.blocks(z)                                      # the plain way: a 1x1 convolution over V channels
-    mu, log_b = six[:, :3], six[:, 3:]
-    x = 0.8 * images + 0.1
-    nll = math.log(2) + log_b + (x * (1 - x)).log() + (torch.logit(x) - mu).abs() / log_b.exp()
-    assert reconstruction.item() == pytest.approx(nll.mean().item(), rel=1e-5)
-    torch.testing.assert_close(output, ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1), atol=1e-5, rtol=1e-5)
-
-
-def test_cold_codes_are_hard_codes():
-    model = small().eval()
-    images = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images, 1e-6).images, model.decode(model.tokenize(images)), atol=1e-4, rtol=1e-4)
-
-
-def test_tokens():
-    model = small()
-    images = torch.rand(2, 3, 16, 24)
-    tokens = model.tokenize(images)                                    # in training mode, and still without noise
-    assert tokens.dtype == torch.int64 and tokens.shape == (2, 4, 6) and model.downsample == 4
-    assert torch.equal(tokens, model.encode(images).argmax(1))
-
-
-def test_noise_is_gumbel():
-    """argmax of logits + Gumbel noise is a draw from softmax(logits): at a low temperature, code frequencies are q."""
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(2, 100_000, 3)
-    drawn = (logits + dvae.gumbel_noise((100_000, 3), [1, 2], torch.device("cpu"))).argmax(-1).flatten()
-    torch.testing.assert_close(drawn.bincount() / len(drawn), logits[0, 0].softmax(0), atol=5e-3, rtol=0)
-
-
-def test_noise_of_an_image_is_the_same_in_any_batch():
-    cpu = torch.device("cpu")
-    noise = dvae.gumbel_noise((4, 32), [5, 6, 7], cpu)
-    assert torch.equal(noise[1:], dvae.gumbel_noise((4, 32), [6, 7], cpu)) and torch.equal(noise[2:], dvae.gumbel_noise((4, 32), [7], cpu))
-    assert not torch.equal(noise[0], noise[1])
-
-
-@pytest.mark.parametrize("seeds", [None, [1, 2, 3, 4, 5]], ids=["plain", "noise"])
-@pytest.mark.parametrize("logits_at_a_time", [1, 2 * 6 * 50, 10 ** 6])
-def test_codes_and_kl_have_the_plain_values_and_gradients(monkeypatch, seeds, logits_at_a_time):
-    torch.manual_seed(0)
-    features, w, b, table = given = [torch.randn(shape, requires_grad=True) for shape in ((5, 6, 16), (50, 16), (50,), (128, 50))]
-    logits = features @ w.t() + b
-    log_q = logits.log_softmax(-1)
-    noise = dvae.gumbel_noise((6, 50), seeds, features.device) if seeds else 0
-    codes = ((logits + noise) / 0.7).softmax(-1) @ table.t()
-    kl = math.log(50) + (log_q.exp() * log_q).sum(-1).mean()
-    expected = torch.autograd.grad(codes.square().sum() + 30 * kl, given)
-    monkeypatch.setitem(dvae.CHUNK, "cpu", logits_at_a_time)
-    ours = dvae.GumbelCodes.apply(*given, 0.7, seeds)
-    torch.testing.assert_close(ours, (codes, kl), atol=1e-5, rtol=1e-5)
-    for gradient, plain in zip(torch.autograd.grad(ours[0].square().sum() + 30 * ours[1], given), expected, strict=True):
-        torch.testing.assert_close(gradient, plain, atol=1e-4 * plain.abs().max().item(), rtol=1e-4)
-
-
-def test_kl_to_uniform_by_hand():
-    q = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1 - 3e-9, 1e-9, 1e-9, 1e-9], [0.5, 0.5 - 2e-9, 1e-9, 1e-9]])
-    for row, expected in zip(q, [0, math.log(4), math.log(2)]):
-        _, kl = dvae.GumbelCodes.apply(torch.ones(1, 1, 1), row.log()[:, None], torch.zeros(4), torch.ones(128, 4), 1.0, None)
-        assert kl.item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_coarse_tokens_are_the_fine_ones(dtype):
-    """Logits far from 0 and close together: rounded to eight bits, the best of them is anyone's guess."""
-    model = small(vocab_size=512)
-    images = torch.rand(16, 3, 16, 16).cumsum(2).cumsum(3) / 256
-    model.initialise_codes(images)
-    model.encoder.blocks.output.conv.b.data += 200
-    fine = model.tokenize(images)
-    with torch.no_grad():
-        features = model.features(images).to(dtype)                    # the best that is left to choose by
-        rounded = F.linear(features, model.encoder.blocks.output.conv.w.flatten(1).to(dtype), model.encoder.blocks.output.conv.b.to(dtype))
-    coarse = model.for_tokenizing(images.device, dtype).tokenize(images)
-    assert (coarse == fine).float().mean() > 0.9 > 0.5 > (rounded.argmax(-1) == fine).float().mean()
-    assert model.encoder.blocks.input.w.dtype == dtype and model.encoder.blocks.output.conv.w.dtype == torch.float32
+    rounded = F.linear(model.features(images), output.w.flatten(1).half(), output.b.half()).argmax(-1)
+    assert agree > 0.9 and agree > (rounded == fine).float().mean() + 0.2
 
 
 def test_noise_in_training_only():
