@@ -288,7 +288,7 @@ def test_token_grids_that_do_not_match(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "fashion-mnist", "--data-root", "/absent"], "--data-root: /absent has no"),
-    (["--tokenizer", "/absent"], "--tokenizer: /absent is not a file"), (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
+    (["--tokenizer", "/absent"], "--tokenizer: /absent does not exist"), (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
 ])
 def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message):
     process = start("--out", tmp_path / "out", *flags)
@@ -317,7 +317,7 @@ def test_two_processes_do_the_whole_job(tmp_path):
     """Their tokenizer takes the same first steps, noise included; later, rounding grows while codes are taking shape."""
     one, two = one_and_two_processes(tmp_path, "--steps", "4")
     for a, b in zip(log(one / "tokenizer"), log(two / "tokenizer"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["kl"] == pytest.approx(b["kl"], rel=1e-3), a["step"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["kl"] == pytest.approx(b["kl"], rel=1e-3), a["step"]
     assert len(log(two)) == 4 and (two / "predictions.png").exists() and (two / "model.pt").exists()
 
 
