@@ -1,4 +1,4 @@
-"""Images from `shapes`, a data set or a folder; two aligned views of each, and its mask; loaders.
+"""Images from `shapes`, a data set or a folder; two aligned views of each, and its mask; labelled images; loaders.
 
 Every draw is a function of (seed, epoch, index) alone: neither the number of workers nor of processes nor a restart
 changes anything. Between processes images travel as uint8.
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from masking import blockwise_mask, random_mask
@@ -95,7 +97,8 @@ def render_scene(split, index, size=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: len(source), source.image(index) -> PIL image in RGB, source.name(index)
+# Sources: len(source), source.image(index) -> PIL image in RGB, source.name(index); with labels also source.classes, their
+# names, and source.target(index): an int, or for segmentation a map of them, (H, W) uint8
 # ---------------------------------------------------------------------------------------------------------------------
 
 DATASETS = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -108,14 +111,21 @@ HELD_OUT = 50    # of a folder without val/, every 50th image is kept from train
 class Shapes:
     """Scenes of render_scene. There are as many as there are integers; an epoch is 10,000 of them, 1,000 to validate."""
 
-    def __init__(self, split):
-        self.split = split
+    def __init__(self, split, maps=False):
+        self.split, self.maps = split, maps
+        self.classes = ["background", *SHAPES] if maps else list(SHAPES)
 
     def __len__(self):
         return 10_000 if self.split == "train" else 1_000
 
     def image(self, index):
         return Image.fromarray(render_scene(self.split, index)[0])
+
+    def target(self, index):
+        return render_scene(self.split, index)[2 if self.maps else 1]
+
+    def labels(self):
+        return np.array([self.target(index) for index in range(len(self))])
 
     def name(self, index):
         return f"shapes/{self.split}/{index}"
@@ -130,12 +140,19 @@ class TorchvisionImages:
             self.dataset = getattr(torchvision.datasets, DATASETS[name])(root, train=split == "train", download=False)
         except RuntimeError:
             raise ValueError(f"data_root: {root} has no {FOLDERS[name]}") from None
+        self.classes = list(self.dataset.classes)
 
     def __len__(self):
         return len(self.dataset)
 
     def image(self, index):
         return self.dataset[index][0].convert("RGB")
+
+    def target(self, index):
+        return int(self.dataset.targets[index])
+
+    def labels(self):
+        return np.asarray(self.dataset.targets)
 
     def name(self, index):
         return f"{self.label}/{index}"
@@ -164,9 +181,150 @@ class Folder:
         return str(self.paths[index])
 
 
+class LabelledFolder(Folder):
+    """A folder of a folder of images for each class, as torchvision's ImageFolder reads it."""
+
+    def __init__(self, folder, classes=None):
+        self.classes = classes or sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if len(self.classes) < 2:
+            raise ValueError(f"data: {folder} must hold a folder of images for each of at least two classes")
+        files = [image_paths(folder / name) for name in self.classes]
+        for name, paths in zip(self.classes, files):
+            if not paths and not classes:
+                raise ValueError(f"data: class {name} of {folder} has no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        super().__init__([path for paths in files for path in paths])
+        self.of = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
+        if not len(self.paths):
+            raise ValueError(f"data: no images under {folder} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def target(self, index):
+        return int(self.of[index])
+
+    def labels(self):
+        return self.of
+
+
+IGNORE = 255    # in a map: not to be predicted, nor counted
+
+
+class SegmentationFolder(Folder):
+    """ADE20K's layout: <folder>/images/<split>/NAME.jpg and <folder>/annotations/<split>/NAME.png.
+
+    A map's values are class numbers, 0 for "none of them" (ADE20K), which becomes IGNORE; class k of the map is k - 1 here.
+    objectInfo150.txt in the folder, if there is one, names the classes.
+    """
+
+    def __init__(self, folder, split, classes):
+        images, maps = folder / "images" / split, folder / "annotations" / split
+        for part in (images, maps):
+            if not part.is_dir():
+                raise ValueError(f"data: {folder} lacks {part.relative_to(folder)}; segmentation takes images/training, "
+                                 f"images/validation, annotations/training and annotations/validation")
+        super().__init__(image_paths(images))
+        if not len(self.paths):
+            raise ValueError(f"data: no images under {images} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        self.maps = np.array([str(maps / Path(path).relative_to(images).with_suffix(".png")) for path in self.paths])
+        missing = [path for path in self.maps if not os.path.exists(path)]
+        if missing:
+            raise ValueError(f"data: {len(missing)} images have no map, {missing[0]} first")
+        self.classes = segmentation_classes(folder) if classes is None else classes
+
+    def target(self, index):
+        with Image.open(self.maps[index]) as file:
+            if file.mode not in ("L", "P"):
+                raise ValueError(f"data: {self.maps[index]} is not a map of 8-bit class numbers, but mode {file.mode}")
+            numbers = np.array(file)
+        found = numbers[numbers != IGNORE].max(initial=0)
+        if found > len(self.classes):
+            raise ValueError(f"data: {self.maps[index]} holds class {found}, there are {len(self.classes)}")
+        return np.where((numbers == 0) | (numbers == IGNORE), IGNORE, numbers - 1).astype(np.uint8)
+
+    def image(self, index):
+        image = super().image(index)
+        with Image.open(self.maps[index]) as file:
+            if file.size != image.size:
+                raise ValueError(f"data: {self.maps[index]} is {file.size[0]}x{file.size[1]}, its image {image.size[0]}x{image.size[1]}")
+        return image
+
+
+def segmentation_classes(folder):
+    """The names in ADE20K's objectInfo150.txt, a tab-separated table with a line of titles; without the file, 150 numbers."""
+    table = folder / "objectInfo150.txt"
+    if not table.exists():
+        return [str(number) for number in range(1, 151)]
+    return [line.split("\t")[-1].split(",")[0].strip() for line in table.read_text().splitlines()[1:] if line.strip()]
+
+
 def open_splits(data, root):
     """(training images, held-out images) of --data, as open_images finds them."""
     return open_images(data, root, "train"), open_images(data, root, "val")
+
+
+def open_labelled(data, root, maps=False):
+    """(training images, held-out images) of --data with classes and targets: labels, or for segmentation maps.
+
+    A folder needs train/ and val/ (or validation/) with a folder for each class; for maps, ADE20K's layout. Raises
+    ValueError ("field: what is wrong").
+    """
+    if data == "shapes":
+        return Shapes("train", maps), Shapes("val", maps)
+    folder = Path(data)
+    if data not in DATASETS and not folder.is_dir():
+        raise ValueError(f"data: {data} is not a folder, nor shapes, {', '.join(DATASETS)}")
+    if maps:
+        if data in DATASETS:
+            raise ValueError(f"data: {data} has no maps to segment; shapes has, and folders in ADE20K's layout")
+        train = SegmentationFolder(folder, "training", None)
+        return train, SegmentationFolder(folder, "validation", train.classes)
+    if data in DATASETS:
+        return TorchvisionImages(data, root, "train"), TorchvisionImages(data, root, "val")
+    held_out = next((folder / name for name in ("val", "validation") if (folder / name).is_dir()), None)
+    if held_out is None or not (folder / "train").is_dir():
+        raise ValueError(f"data: {data} needs train/ and val/ (or validation/), a folder for each class in both")
+    train = LabelledFolder(folder / "train")
+    unknown = {entry.name for entry in held_out.iterdir() if entry.is_dir()} - set(train.classes)
+    if unknown:
+        raise ValueError(f"data: {held_out} has class {min(unknown)}, {folder / 'train'} has not")
+    return train, LabelledFolder(held_out, train.classes)
+
+
+class Subset:
+    """Some images of a source."""
+
+    def __init__(self, source, indices):
+        self.source, self.indices, self.classes = source, indices, source.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def image(self, index):
+        return self.source.image(self.indices[index])
+
+    def target(self, index):
+        return self.source.target(self.indices[index])
+
+    def labels(self):
+        return self.source.labels()[self.indices]
+
+    def name(self, index):
+        return self.source.name(self.indices[index])
+
+
+def few_labels(source, count, seed):
+    """A Subset of count images, as many of each class as of any other (give or take one), drawn by seed.
+
+    Raises ValueError where a class has too few.
+    """
+    labels, classes = source.labels(), len(source.classes)
+    if not classes <= count <= len(source):
+        raise ValueError(f"labels: from {classes}, one a class, to {len(source)}, not {count}")
+    rng, chosen = np.random.default_rng([seed, count]), []
+    for k, extra in zip(range(classes), rng.permutation(classes) < count % classes):
+        of_class, wanted = np.flatnonzero(labels == k), count // classes + int(extra)
+        if len(of_class) < wanted:
+            raise ValueError(f"labels: {count} are {wanted} of class {source.classes[k]}, which has {len(of_class)}")
+        chosen.append(rng.permutation(of_class)[:wanted])
+    return Subset(source, np.sort(np.concatenate(chosen)).tolist())
 
 
 def open_images(data, root, split):
@@ -257,6 +415,18 @@ def centre_box(width, height):
     return (width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2
 
 
+def read(source, index, what=lambda source, index: source.image(index)):
+    """(image, its index, [] or [the name of the file that could not be read]): a broken file is replaced by the next that can
+    be read, or after 20 that cannot by None; CorruptImages stops the run before that matters."""
+    unreadable = []
+    for candidate in range(index, index + 20):
+        try:
+            return what(source, candidate % len(source)), candidate % len(source), unreadable
+        except Exception:                            # image decoders raise whatever they like on broken files
+            unreadable = [source.name(index)]
+    return None, index, unreadable
+
+
 class Views(Dataset):
     """For (epoch, index): the image for the patches, the same crop for the tokenizer, and a mask over the patch grid.
 
@@ -281,8 +451,8 @@ class Views(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.seed, int(self.train), epoch, index])
-        image, unreadable = self.read(index)
-        views = self.views(image, rng)
+        image, _, unreadable = read(self.source, index)
+        views = self.views(image or Image.new("RGB", (self.sizes[0], self.sizes[0]), "grey"), rng)
         if self.masking == "blockwise":
             mask = blockwise_mask(self.grid, self.num_masked, rng, **self.block_options)
         elif self.masking == "random":
@@ -291,17 +461,6 @@ class Views(Dataset):
             mask = np.zeros(self.grid, dtype=bool)
         views = [torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views]     # (3, S, S)
         return *views, torch.from_numpy(mask), unreadable
-
-    def read(self, index):
-        """(image, [] or [the name of the file that could not be read]): a broken file is replaced by the next that can be
-        read, or after 20 that cannot by a grey square; CorruptImages stops the run before that matters."""
-        unreadable = []
-        for candidate in range(index, index + 20):
-            try:
-                return self.source.image(candidate % len(self.source)), unreadable
-            except Exception:                        # image decoders raise whatever they like on broken files
-                unreadable = [self.source.name(index)]
-        return Image.new("RGB", (self.sizes[0], self.sizes[0]), "grey"), unreadable
 
     def views(self, image, rng):
         if not self.train:
@@ -319,6 +478,72 @@ class Views(Dataset):
                 view = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](view, float(factors[i]))
             views.append(view)
         return views
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled images, for fine-tuning
+# ---------------------------------------------------------------------------------------------------------------------
+
+GREY = (124, 116, 104)    # ImageNet's mean colour, where there is nothing
+
+
+class Labelled(Dataset):
+    """For (epoch, index): (uint8 image (3, S, S), its label or its uint8 map (S, S), [] or [name of an unreadable file]).
+
+    transform maps (PIL image, label or tv_tensors.Mask) to the first two; it draws from torch's global generator, which is
+    seeded by (seed, epoch, index) for it and put back after it.
+    """
+
+    def __init__(self, source, transform, seed=0):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        sample, _, unreadable = read(self.source, index, lambda source, i: (source.image(i), source.target(i)))
+        if sample is None:
+            raise ValueError(f"data: {unreadable[0]} and the 19 images after it cannot be read")
+        image, target = sample
+        if isinstance(target, np.ndarray):
+            target = tv_tensors.Mask(torch.from_numpy(target))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.default_rng([self.seed, epoch, index]).integers(2 ** 63)))
+            image, target = self.transform(image, target)
+        return image, target if isinstance(target, int) else target.as_subclass(torch.Tensor), unreadable
+
+
+def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, erasing=0.0, eval_crop=0.875):
+    """Training: random resized crop, flip, RandAugment, random erasing (appendix, "fine-tuning"). Else the centre.
+
+    randaugment   magnitude from 0 (none) to 10: two operations, each applied to half of the images, as in the released recipe
+    erasing       probability that a rectangle is painted over with the mean colour
+    eval_crop     side of the square that is evaluated, as a share of the shorter side
+    """
+    if not train:
+        return v2.Compose([v2.Resize(round(size / eval_crop), InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    operation = v2.RandAugment(num_ops=1, magnitude=round(3 * randaugment), fill=GREY, interpolation=InterpolationMode.BILINEAR)
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        *[v2.RandomApply([operation], p=0.5) for _ in range(2) if randaugment],
+        v2.PILToTensor(),
+        *[v2.RandomErasing(p=erasing, value=GREY) for _ in range(1) if erasing]])
+
+
+def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.4):
+    """Image and map together. Training: the shorter side to scale[0]..scale[1] times size, a random crop of size x size
+    (what lies outside the image is IGNORE), flip, colour jitter. Else as they are. Maps are resized by nearest neighbour."""
+    if not train:
+        return v2.Compose([v2.PILToTensor()])
+    sides = sorted({round(size * (scale[0] + (scale[1] - scale[0]) * i / 32)) for i in range(33)})
+    return v2.Compose([
+        v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: GREY, tv_tensors.Mask: IGNORE}),
+        v2.RandomHorizontalFlip(),
+        *[v2.ColorJitter(jitter, jitter, jitter) for _ in range(1) if jitter],
+        v2.PILToTensor()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,10 +586,11 @@ def train_loader(views, config, device, *, start, stop, rank, world_size):
                                         parts=config.accumulate, rank=rank, world_size=world_size), config.workers, device)
 
 
-def val_loader(views, config, device, *, rank, world_size, images=512):
-    """Batches of one process's share of at most so many held-out images, evenly spaced over all."""
+def val_loader(views, config, device, *, rank, world_size, images=512, batch_size=None):
+    """Batches of one process's share of at most so many held-out images, evenly spaced over all; by default as large as in
+    training."""
     chosen = range(0, len(views), math.ceil(len(views) / images))
-    batch_size = max(1, config.batch_size // config.accumulate // world_size)
+    batch_size = batch_size or max(1, config.batch_size // config.accumulate // world_size)
     return _loader(views, held_out_batches(chosen, batch_size, rank=rank, world_size=world_size), config.workers, device)
 
 
@@ -381,8 +607,8 @@ def _loader(views, batches, workers, device):
 
 
 def _collate(samples):
-    *tensors, unreadable = zip(*samples)
-    return *(torch.stack(column) for column in tensors), [name for names in unreadable for name in names]
+    *columns, unreadable = zip(*samples)
+    return *(default_collate(column) for column in columns), [name for names in unreadable for name in names]
 
 
 def _start_worker(_):

@@ -182,7 +182,7 @@ class DiscreteVAE(nn.Module):
                              nn.Upsample(scale_factor=2, mode="nearest"), 2 * in_channels)
 
     @torch.no_grad()
-    def initialise_codes(self, images, sharpness=2.0):
+    def initialise_codes(self, images, sharpness=8.0):
         """Place the V codes on V patches of these images, so that training starts with all of them in use.
 
         With f the features that the encoder's last convolution sees, in units of their spread, and f_k those of a random
@@ -296,6 +296,7 @@ class Config(training.RunConfig):
     kl_ramp: float = 0.00167    # share of the steps in which beta rises from 0, along a cosine; DALL-E: 5,000 of 3M
     temperature: float = 0.0625    # final Gumbel-softmax temperature tau, from 1
     temperature_ramp: float = 0.05    # share of the steps in which tau falls, along a cosine; DALL-E: 150,000 of 3M
+    encoder_lr: float = 1.0    # the encoder's learning rate, as a share of --lr; a slow encoder keeps its codes in use
     init_codes: bool = True    # start the codes at patches of training images; --no-init-codes: at random, as DALL-E
     ema: float = 0.999    # decay of the weights' moving average, which is what is kept; lower in the first steps
     crop_scale: float = 0.08    # smallest share of an image's area in a random crop
@@ -307,7 +308,7 @@ class Config(training.RunConfig):
         super().__post_init__()
         if self.eval_every < 1:
             raise ValueError(f"eval_every: at least 1, not {self.eval_every}")
-        for name in ("kl_ramp", "temperature_ramp", "lr_ramp", "ema", "jitter"):
+        for name in ("kl_ramp", "temperature_ramp", "lr_ramp", "ema", "jitter", "encoder_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: from 0 to 1, not {getattr(self, name)}")
         for name in ("temperature", "crop_scale"):
@@ -387,7 +388,8 @@ def train(config, device):
 
     model.to(device, memory_format=torch.channels_last)
     ema = AveragedModel(model, avg_fn=lambda mean, new, n: mean + (1 - min(config.ema, (1 + n) / (10 + n))) * (new - mean))
-    optimizer = training.adamw([{"params": model.parameters(), "weight_decay": config.weight_decay}])
+    optimizer = training.adamw([{"params": part.parameters(), "weight_decay": config.weight_decay, "lr_scale": lr_scale}
+                                for part, lr_scale in ((model.encoder, config.encoder_lr), (model.decoder, 1.0))])
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)

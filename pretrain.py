@@ -35,6 +35,7 @@ class Config(training.RunConfig, vit.ViTConfig):
     predict: Literal["masked", "all"] = "masked"    # all: recover 100 % of the targets (Table 4)
     crop_scale: float = 0.08    # smallest share of an image's area in a random resized crop
     jitter: float = 0.4    # brightness, contrast and saturation vary by this share (appendix)
+    checkpoint_blocks: bool = False    # compute each block again in the backward pass: slower, in less memory
     eval_every: int = 10_000    # steps between two evaluations on held-out images
 
     def __post_init__(self):
@@ -65,10 +66,6 @@ class Config(training.RunConfig, vit.ViTConfig):
     @property
     def num_masked(self):
         return int(self.mask_ratio * math.prod(self.grid))
-
-    @property
-    def backbone(self):
-        return vit.ViTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(vit.ViTConfig)})
 
 
 def paper_preset(name, **more):
@@ -269,7 +266,7 @@ def train(config, device):
 
     torch.manual_seed(config.seed)
     model = vit.MaskedImageModel(config.backbone, tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2)
-    model.to(device)
+    model.to(device).checkpoint_blocks = config.checkpoint_blocks
     optimizer = training.adamw(training.parameter_groups(model, config.weight_decay))
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)

@@ -86,12 +86,18 @@ class RunConfig:
 NOT_THE_RUN = ("out", "fresh", "workers", "device", "data_root")    # fields that may change when a run is continued
 
 
-def parse(Config, presets, argv=None):
-    """The resolved config from the command line: field defaults < preset < flags. Raises UserError."""
+def parse(Config, presets, argv=None, complete=None):
+    """The resolved config from the command line: field defaults < preset < flags. Raises UserError.
+
+    complete(preset, flags), where a script has more to go by, returns (the preset to take instead, values between it and
+    the flags).
+    """
     parser = _parser(Config, presets)
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "base" if "data" in given else "demo")
-    values = {**presets[preset], **given, "preset": preset}
+    preset, more = given.get("preset", "base" if "data" in given else "demo"), {}
+    if complete:
+        preset, more = complete(preset, given)
+    values = {**presets[preset], **more, **given, "preset": preset}
     if "steps" in given and "epochs" in given:
         raise UserError("--steps and --epochs: give one of them")
     if "steps" in given or "epochs" in given:
@@ -102,12 +108,17 @@ def parse(Config, presets, argv=None):
         values[name] = reference[name] * scale
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     script = Path(sys.argv[0]).stem if Config.__module__ == "__main__" else Config.__module__
-    values.setdefault("out", f"runs/{script}-{Path(values.get('data', 'shapes')).resolve().name}")
+    values.setdefault("out", f"runs/{script}-{data_name(values.get('data', 'shapes'))}")
     config = build(Config, values)
     if scale != 1 and "lr" not in given:
         say(f"lr {config.lr:g} = {reference['lr']:g} x batch {config.batch_size} / {reference['batch_size']} of preset {preset}; "
             f"--lr sets another")
     return config
+
+
+def data_name(data):
+    """What --data is called in the name of a run's folder."""
+    return Path(data).resolve().name
 
 
 @contextmanager
@@ -307,11 +318,11 @@ def only_last_part_communicates(model, part, parts):
         yield
 
 
-def run_script(Config, presets, train):
+def run_script(Config, presets, train, complete=None):
     """A script's main: parse the command line, join the other processes, train(config, device). A UserError becomes one line
     on stderr and its exit status."""
     try:
-        config = parse(Config, presets)
+        config = parse(Config, presets, complete=complete)
         show(config)
         with processes(config) as device:
             train(config, device)
@@ -342,6 +353,13 @@ def cosine(step, total, start, end):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
 
 
+def warmup_linear(step, total, peak, end, warmup_steps):
+    """The learning rate of a step: linear up to peak over warmup_steps, then linear down to end (appendix, segmentation)."""
+    if step < warmup_steps:
+        return peak * min(1.0, (step + 1) / warmup_steps)
+    return peak + (min(end, peak) - peak) * (step - warmup_steps) / max(1, total - warmup_steps)
+
+
 def warmup_cosine(step, total, peak, end, warmup_steps):
     """The learning rate of a step: linear up to peak over warmup_steps, then half a cosine down to end (appendix, pre-training)."""
     if step < warmup_steps:
@@ -356,14 +374,24 @@ def set_lr(optimizer, lr):
     return lr
 
 
-def parameter_groups(model, weight_decay, no_decay=("cls_token", "pos_embed")):
-    """Two groups for AdamW: weight decay for all but vectors (biases, norms, gammas), [S] and E_pos (appendix)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.dim() <= 1 or name.rpartition(".")[2] in no_decay]
-    chosen = {id(p) for p in plain}
-    decayed = [p for _, p in named if id(p) not in chosen]
-    assert len(plain) + len(decayed) == len(named) and len(chosen) == len(plain)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def parameter_groups(model, weight_decay, layer_decay=1.0, no_decay=("cls_token", "pos_embed")):
+    """Groups for AdamW: no weight decay for vectors (biases, norms, gammas), [S] and E_pos (appendix); and, layer by layer, a
+    learning rate that is layer_decay ** (depth + 1 - l) of the full one: l = 0 for embeddings and what all blocks share, l for
+    block l, depth + 1 for what comes after the blocks (appendix, "layer-wise lr decay"). Each group's share is its "lr_scale".
+    """
+    depth, groups = len(model.blocks), {}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trained:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = int(block[1]) + 1 if block else depth + 1
+        if re.match("cls_token|mask_token|pos_embed|patch_embed|rel_pos_bias", name):
+            layer = 0
+        decays = p.dim() > 1 and name.rpartition(".")[2] not in no_decay
+        key = (layer if layer_decay != 1 else 0, not decays)
+        groups.setdefault(key, {"params": [], "weight_decay": weight_decay if decays else 0.0,
+                                "lr_scale": layer_decay ** (depth + 1 - layer)})["params"].append(p)
+    assert len(trained) == sum(len(group["params"]) for group in groups.values())
+    return [groups[key] for key in sorted(groups)]
 
 
 def adamw(groups):
@@ -440,6 +468,14 @@ def read_checkpoint(path, flag):
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise UserError(f"{flag}: {path} holds no model of ours")
     return checkpoint
+
+
+def read_tensors(path):
+    """What torch.save wrote there, on the CPU: tensors and containers, never code. UserError for a damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                          # torch.load raises a dozen kinds
+        raise UserError(f"--out: {path} cannot be read ({type(error).__name__}); remove it, and it is made again") from None
 
 
 class Run:

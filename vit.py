@@ -1,15 +1,17 @@
-"""The backbone of sec. 2.2, a Vision Transformer, and the models built on it: so far the masked image model of sec. 2.3.
+"""The backbone of sec. 2.2, a Vision Transformer, and its three models: the masked image model of sec. 2.3, the classifier
+and the segmenter of sec. 2.6.
 
 B images, C channels, H W pixels; h w patches, N = h w; D width. Images are float in [0, 1]; the model normalises them.
 Parameter names are those of the released checkpoints.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,6 +60,11 @@ class ViTConfig:
     def grid(self):
         """(h, w), the patch grid."""
         return self.image_hw[0] // self.patch_size, self.image_hw[1] // self.patch_size
+
+    @property
+    def backbone(self):
+        """These fields alone: a script's config has more."""
+        return ViTConfig(**{field.name: getattr(self, field.name) for field in fields(ViTConfig)})
 
 
 # As in the paper. The released checkpoints differ in position="shared_relative", layer_scale=0.1 (base) or 1e-5 (large)
@@ -219,6 +226,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, torch.tensor(getattr(config, name)).view(1, -1, 1, 1), persistent=False)
+        self.checkpoint_blocks = False              # compute each block again in the backward pass rather than keep its activations
         self.register_load_state_dict_pre_hook(_ignore_index_buffers)
         self.initialise()
 
@@ -235,10 +243,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images, mask=None):
         """images (B, C, H, W) in [0, 1]; mask (B, h, w) bool, True = replaced by e_[M]. Returns H_L, normed: (B, 1+N, D)."""
+        return self.norm(self.last_hidden_state(images, mask))
+
+    def last_hidden_state(self, images, mask=None):
+        """The output of the last block, before the final norm: (B, 1+N, D)."""
         x = self.embed(images, mask)
         for block, bias in zip(self.blocks, self.position_biases()):
-            x = block(x, bias)
-        return self.norm(x)
+            x = checkpoint(block, x, bias, use_reentrant=False) if self.checkpoint_blocks and self.training else block(x, bias)
+        return x
 
     def embed(self, images, mask=None):
         """H_0: (B, 1+N, D)."""
@@ -302,6 +314,105 @@ class MaskedImageModel(VisionTransformer):
         """
         h = super().forward(images, mask)[:, 1:]                       # (B, N, D), without [S]
         return self.lm_head(h[(mask if predict is None else predict).flatten(1)])          # (M, D) -> (M, V)
+
+
+class ImageClassifier(VisionTransformer):
+    """softmax(W_c mean_i h_i + b_c) over classes: average pooling of the patches' H_L, not [S], and a linear layer (sec. 2.6).
+
+    As released: fc_norm on the average takes the place of norm on the tokens, and the head starts 1000 times smaller.
+    """
+
+    def __init__(self, config, num_classes):
+        super().__init__(config)
+        self.norm = nn.Identity()
+        self.mask_token.requires_grad_(False)       # nothing is masked from here on
+        self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, num_classes)
+        self.reset_head()
+
+    @torch.no_grad()
+    def reset_head(self):
+        nn.init.trunc_normal_(self.head.weight, std=0.02, a=-0.02, b=0.02)
+        self.head.weight *= 0.001
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        """images (B, C, H, W) in [0, 1]. Returns logits (B, classes)."""
+        h = super().forward(images)[:, 1:]                             # (B, N, D), without [S]
+        return self.head(self.fc_norm(h.mean(dim=1)))
+
+
+class SemanticSegmenter(VisionTransformer):
+    """A class for every pixel: deconvolutions from the patches' H_L to full resolution (sec. 2.6).
+
+    As many steps as the patch size has factors of 2, each doubling the resolution: a 2x2 transposed convolution with stride
+    2, group norm, GELU. Their width falls from decoder_dim by half a step, to no less than 32; a 1x1 convolution follows. A
+    patch size with other factors is made up by bilinear interpolation of the logits.
+    """
+
+    def __init__(self, config, num_classes, decoder_dim=256):
+        super().__init__(config)
+        self.mask_token.requires_grad_(False)
+        steps = (config.patch_size & -config.patch_size).bit_length() - 1
+        layers, width = [], config.dim
+        for step in range(steps):
+            wider, width = width, max(32, decoder_dim // 2 ** step)
+            layers += [nn.ConvTranspose2d(wider, width, kernel_size=2, stride=2), nn.GroupNorm(1, width), nn.GELU()]
+        self.decoder = nn.Sequential(*layers)
+        self.head = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, images):
+        """images (B, C, H, W) in [0, 1]. Returns logits (B, classes, H, W)."""
+        h = super().forward(images)[:, 1:]                             # (B, N, D), without [S]
+        h = h.transpose(1, 2).unflatten(2, self.config.grid)           # (B, D, h, w)
+        logits = self.head(self.decoder(h))                            # (B, classes, h 2^k, w 2^k)
+        if logits.shape[-2:] == images.shape[-2:]:
+            return logits
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other image sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def resize_positions(state_dict, config, grid=None):
+    """The state_dict with E_pos and relative-position tables resized, bicubically, to the patch grid of config.
+
+    grid (h, w) is the one that they belong to; without it, config's own where the sizes say so, else a square one. The rows
+    of [S] stay as they are, a constant stays constant, and what has the right size already is not touched. Returns a new
+    dict. ValueError where a size fits no grid.
+    """
+    resized = dict(state_dict)
+    for name, value in state_dict.items():
+        if name == "pos_embed":
+            old = grid or _grid_of(value.shape[1] - 1, config.grid, name)
+            resized[name] = torch.cat([value[:, :1], _resize(value[0, 1:], old, config.grid)[None]], dim=1)
+        elif name.endswith("relative_position_bias_table"):
+            new = tuple(2 * side - 1 for side in config.grid)          # as many offsets as there are along each axis
+            old = tuple(2 * side - 1 for side in grid) if grid else _grid_of(len(value) - 3, new, name)
+            resized[name] = torch.cat([_resize(value[:-3], old, new), value[-3:]])
+    return resized
+
+
+def _grid_of(count, wanted, name):
+    """The (rows, columns) of so many places: the wanted ones, else a square."""
+    if count == math.prod(wanted):
+        return wanted
+    side = math.isqrt(max(0, count))
+    if side * side != count or not count:
+        raise ValueError(f"{name} has {count} places: neither a square nor {wanted[0]}x{wanted[1]}")
+    return side, side
+
+
+def _resize(rows, old, new):
+    """(h w, D) on the grid old -> (h' w', D) on the grid new."""
+    if len(rows) != math.prod(old):
+        raise ValueError(f"positions for {len(rows)} places do not belong to a grid of {old[0]}x{old[1]}")
+    if tuple(old) == tuple(new):
+        return rows
+    grid = rows.float().t().unflatten(1, old)[None]                    # (1, D, h, w)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
+    return grid[0].flatten(1).t().to(rows.dtype)
 
 
 def _ignore_index_buffers(module, state_dict, *_):

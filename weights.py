@@ -1,10 +1,12 @@
-"""Checkpoints from elsewhere: DALL-E's public tokenizer.
+"""Checkpoints: DALL-E's public tokenizer, the released BEiT's and our own, and how they enter a model.
 
 A checkpoint is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
 inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
 import collections
+import math
 import pickle
+import re
 import types
 import warnings
 import zipfile
@@ -13,8 +15,8 @@ from pathlib import Path
 import torch
 
 import dvae
-import training
-from training import UserError
+import vit
+from training import UserError, say
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 
@@ -57,7 +59,7 @@ def _only_call(function):
 STAND_INS = {name: stand_in(name) for name in (
     "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock",
     "dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.linear.Identity", "torch.nn.modules.upsampling.Upsample")}
+    "torch.nn.modules.pooling.MaxPool2d", "argparse.Namespace", "torch.nn.modules.linear.Identity", "torch.nn.modules.upsampling.Upsample")}
 ADMITTED = {**STAND_INS, "collections.OrderedDict": collections.OrderedDict, "builtins.set": set, "torch.device": torch.device,
             "torch._utils._rebuild_tensor": _only_call(torch._utils._rebuild_tensor),
             "torch._utils._rebuild_tensor_v2": _only_call(torch._utils._rebuild_tensor_v2),
@@ -202,3 +204,114 @@ def load_tokenizer(path, flag="--tokenizer"):
         return model.eval().requires_grad_(False)
     except ValueError as error:
         raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEADS = ("lm_head.", "head.", "decoder.")    # what belongs to a task, not to the backbone
+
+
+def load(path):
+    """(state_dict in our names, info) of a backbone's checkpoint: our own, or the released BEiT's.
+
+    info: source ("ours" or "released BEiT"), task ("masked image modeling", "classification", "segmentation" or "none"),
+    config (vit.ViTConfig), outputs (tokens or classes; None without a head), classes (their names, or None). ValueError says what was found instead.
+    """
+    found = read(path)
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if kind == "DiscreteVAE":
+        raise ValueError(f"{path} is a tokenizer (--tokenizer takes it), not a backbone")
+    state = found.get("model", found) if isinstance(found, dict) else found
+    if not isinstance(state, dict) or "patch_embed.proj.weight" not in state:
+        raise ValueError(f"{path} holds {kind_of(found)}, not a Vision Transformer of ours or of the released BEiT")
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+    strangers = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    if strangers:
+        raise ValueError(f"{path}: {strangers[0]} is not a tensor")
+    if kind:
+        config = found["config"].get("vit", {})
+        config = vit.ViTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
+    else:
+        config = infer_config(state, path)
+    head = next((state[name] for name in ("lm_head.weight", "head.weight") if name in state), None)
+    task = ("none" if head is None else "masked image modeling" if "lm_head.weight" in state
+            else "segmentation" if head.dim() == 4 else "classification")
+    return state, dict(source="ours" if kind else "released BEiT", task=task, config=config,
+                       outputs=None if head is None else len(head), classes=found["config"].get("classes") if kind else None)
+
+
+def infer_config(state, path):
+    """vit.ViTConfig from the shapes of a state_dict of the released BEiT. ValueError where they contradict each other."""
+    try:
+        dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        tables = [name for name in state if name.endswith("relative_position_bias_table")]
+        if tables:
+            rows, heads = state[tables[0]].shape
+            side = (math.isqrt(rows - 3) + 1) // 2
+            position = "shared_relative" if "rel_pos_bias.relative_position_bias_table" in state else "relative"
+        else:
+            heads, side, position = dim // 64, math.isqrt(state["pos_embed"].shape[1] - 1), "absolute"
+        return vit.ViTConfig(image_size=side * patch_size, patch_size=patch_size, in_channels=channels, dim=dim, depth=depth,
+                             heads=heads, mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim, position=position,
+                             layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is no BEiT: {type(error).__name__} {error}") from None
+
+
+def initialise(model, path, classes=None, flag="--init"):
+    """Fill a backbone with a head (vit.ImageClassifier, vit.SemanticSegmenter, ...) from a checkpoint, and say in three lines
+    what was taken, what was resized or made over, and what is new or left behind.
+
+    Positions are resized to the model's grid; a table that all blocks share is copied into a table per block where the model
+    has those; norm and fc_norm stand for each other; a head is taken where it has the same task and size and, if the file
+    says what its classes are called, the same classes. What else differs is a UserError, and the model is as it was.
+    """
+    try:
+        state, info = load(path)
+        source, target = info["config"], model.config
+        if source.position != target.position and (source.position, target.position) != ("shared_relative", "relative"):
+            raise ValueError(f"{path} has {source.position} positions, the model {target.position}; --position {source.position} fits")
+        ours, made_over = model.state_dict(), []
+        shared = state.get("rel_pos_bias.relative_position_bias_table")
+        if shared is not None and target.position == "relative":
+            del state["rel_pos_bias.relative_position_bias_table"]
+            state.update({f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(target.depth)})
+            made_over.append("the shared position table, into one for each block")
+        for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
+            if f"{old}.weight" in state and f"{old}.weight" not in ours and f"{new}.weight" in ours and f"{new}.weight" not in state:
+                state.update({f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")})
+                made_over.append(f"{old}, into {new}")
+        left = [name for name in state if name.startswith(HEADS) and (name not in ours or ours[name].shape != state[name].shape)]
+        if left or (classes and info["classes"] and list(classes) != list(info["classes"])):    # a head comes whole or not at all
+            left = [name for name in state if name.startswith(HEADS)]
+        left += [name for name in ("norm.weight", "norm.bias", "mask_token") if name in state and name not in ours]
+        state = {name: tensor for name, tensor in state.items() if name not in left}
+        resized = vit.resize_positions(state, target, source.grid)
+        changed = [name for name in resized if resized[name].shape != state[name].shape]
+        if changed:
+            made_over.append(f"positions, from {source.grid[0]}x{source.grid[1]} to {target.grid[0]}x{target.grid[1]}")
+        new = [name for name in ours if name not in resized]
+        missing = [name for name in new if not name.startswith((*HEADS, "fc_norm.", "norm.", "mask_token"))]
+        unknown = [name for name in resized if name not in ours]
+        misfits = [name for name in resized if name in ours and ours[name].shape != resized[name].shape]
+        for names, what in ((missing, "lacks"), (unknown, "has, and the model has not,")):
+            if names:
+                raise ValueError(f"{path} {what} {len(names)} tensors, {names[0]} first")
+        if misfits:
+            shapes = ("x".join(map(str, tensors[misfits[0]].shape)) for tensors in (resized, ours))
+            raise ValueError("{}: {} is {} there and {} in the model".format(path, misfits[0], *shapes))
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+    model.load_state_dict({**ours, **resized})
+    say(f"taken from {path} ({info['source']}, {info['task']}): {len(resized)} tensors" + (", its head among them" if any(
+        name.startswith(HEADS) for name in resized) else ""))
+    say(f"made over: {'; '.join(made_over) or 'nothing'}")
+    say(f"new: {_names(new)}; left behind: {_names(left)}")
+
+
+def _names(names):
+    """Parameters in short: their modules, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in names)) or "nothing"
