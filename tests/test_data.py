@@ -230,3 +230,100 @@ def test_held_out_images_are_spread_over_all():
     seen = [index for rank in range(2) for batch in data.val_loader(views(), Config, CPU, rank=rank, world_size=2, images=100).batch_sampler
             for _, index in batch]
     assert sorted(seen) == list(range(0, 10_000, 100))
+
+
+# labels --------------------------------------------------------------------------------------------------------------
+
+def test_shapes_have_labels_and_maps():
+    labelled, mapped = data.Shapes("train"), data.Shapes("train", maps=True)
+    assert labelled.classes == list(data.SHAPES) and mapped.classes == ["background", *data.SHAPES]
+    for index in range(20):
+        assert (mapped.target(index) == labelled.target(index) + 1).any() and mapped.target(index).shape == (64, 64)
+
+
+class Numbers:
+    """40 images, of class index % 4; class 3 has one less."""
+    classes = ["a", "b", "c", "d"]
+
+    def __len__(self):
+        return 39
+
+    def labels(self):
+        return np.arange(39) % 4
+
+    def target(self, index):
+        return index % 4
+
+
+def test_few_labels_are_balanced_and_seeded():
+    subset = data.few_labels(Numbers(), 12, 0)
+    assert len(subset) == 12 and np.bincount(subset.labels()).tolist() == [3, 3, 3, 3] and len(set(subset.indices)) == 12
+    assert subset.indices == data.few_labels(Numbers(), 12, 0).indices != data.few_labels(Numbers(), 12, 1).indices
+    assert sorted(np.bincount(data.few_labels(Numbers(), 14, 0).labels()).tolist()) == [3, 3, 4, 4]
+    assert [subset.target(i) for i in range(12)] == subset.labels().tolist()
+    with pytest.raises(ValueError, match="labels: from 4, one a class, to 39, not 3"):
+        data.few_labels(Numbers(), 3, 0)
+
+
+def test_labelled_folders(tmp_path):
+    for split, classes in (("train", "abc"), ("validation", "ab")):
+        for k, name in enumerate(classes):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (40, 30), (k, i, 0)).save(tmp_path / split / name / f"{i}.png")
+    train, held_out = data.open_labelled(str(tmp_path), "")
+    assert train.classes == held_out.classes == ["a", "b", "c"] and train.labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert held_out.target(3) == 1 and held_out.image(3).getpixel((0, 0)) == (1, 1, 0)
+    (tmp_path / "validation" / "z").mkdir()
+    with pytest.raises(ValueError, match="has class z"):
+        data.open_labelled(str(tmp_path), "")
+    (tmp_path / "validation" / "z").rmdir()
+    (tmp_path / "train" / "d").mkdir()
+    with pytest.raises(ValueError, match="class d of .* has no images"):
+        data.open_labelled(str(tmp_path), "")
+
+
+def test_labelled_draws_depend_on_seed_epoch_and_index_alone():
+    views = data.Labelled(data.Shapes("train"), data.classification_transform(32, train=True, randaugment=9, erasing=0.5))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = views[2, 5]
+    assert torch.equal(torch.get_rng_state(), state)                   # the model's draws are not disturbed
+    torch.rand(3)
+    again = views[2, 5]
+    assert torch.equal(first[0], again[0]) and first[1] == again[1] and first[0].dtype == torch.uint8 and first[0].shape == (3, 32, 32)
+    assert not torch.equal(first[0], views[3, 5][0]) and not torch.equal(first[0], views[2, 6][0])
+
+
+def test_erasing_paints_rectangles():
+    source = data.Shapes("train")
+    plain, erased = (data.Labelled(source, data.classification_transform(32, train=True, erasing=p)) for p in (0.0, 1.0))
+    grey = torch.tensor(data.GREY, dtype=torch.uint8).view(3, 1, 1)
+    shares = [(erased[0, i][0] == grey).all(0).float().mean().item() for i in range(30)]
+    assert all(0.01 < share < 0.5 for share in shares) and not any((plain[0, i][0] == grey).all(0).any() for i in range(30))
+    for i in range(5):                                                 # all grey pixels are one rectangle
+        rows, columns = (erased[0, i][0] == grey).all(0).nonzero().t()
+        assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+
+
+def test_evaluation_sees_the_centre():
+    class Wide:
+        classes = ["a", "b"]
+        def __len__(self): return 1
+        def image(self, index): return Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
+        def target(self, index): return 1
+    for eval_crop, reach in ((1.0, 50), (0.5, 25)):
+        image, label, _ = data.Labelled(Wide(), data.classification_transform(50, train=False, eval_crop=eval_crop))[0, 0]
+        assert image.shape == (3, 50, 50) and label == 1
+        assert abs(image[0, 0, 0].item() - (100 - reach)) < 3 and abs(image[0, 0, -1].item() - (100 + reach)) < 3
+
+
+def test_a_broken_image_takes_its_label_along(tmp_path):
+    for name in "ab":
+        for i in range(3):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30)).save(tmp_path / "train" / name / f"{i}.png")
+    (tmp_path / "train" / "a" / "2.png").write_bytes(b"no image")
+    source = data.LabelledFolder(tmp_path / "train")
+    image, label, unreadable = data.Labelled(source, data.classification_transform(16, train=False))[0, 2]
+    assert label == 1 and unreadable == [str(tmp_path / "train" / "a" / "2.png")]

@@ -44,6 +44,25 @@ def test_what_is_decayed():
         assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
+def test_layer_decay():
+    """Each layer's rate by hand: 0.5 ** (depth + 1 - l), of embeddings l = 0, of block l, of the head depth + 1."""
+    model = vit.ImageClassifier(vit.ViTConfig(image_size=16, patch_size=8, dim=8, depth=2, heads=2, position="shared_relative"), 3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in training.parameter_groups(model, 0.05, 0.5) for p in group["params"]}
+    assert scales.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, scale in scales.items():
+        expected = {"blocks.0": 0.25, "blocks.1": 0.5, "fc_norm.": 1, "head.wei": 1, "head.bia": 1}.get(name[:8], 0.125)
+        assert scale == expected, name
+    optimizer = training.adamw(training.parameter_groups(model, 0.05, 0.5))
+    training.set_lr(optimizer, 0.1)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1])
+
+
+def test_linear_schedule():
+    lr = [training.warmup_linear(step, 10, 1.0, 0.0, 2) for step in range(11)]
+    assert lr[:3] == [0.5, 1.0, 1.0] and lr[10] == 0 and lr[6] == pytest.approx(0.5)
+
+
 def test_clipping():
     for clip, expected in ((1.0, 1.0), (0.0, 5.0)):
         weight = nn.Parameter(torch.zeros(2))

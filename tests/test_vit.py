@@ -167,6 +167,106 @@ def test_non_square_images():
     assert model(torch.rand(1, 3, 16, 40), mask).shape == (1, 10)
 
 
+# the other models ----------------------------------------------------------------------------------------------------
+
+def test_the_classifier_averages_patches():
+    model = randomised(vit.ImageClassifier(small(), 7))
+    images = torch.rand(2, 3, 32, 32)
+    pooled = model.hidden_states(images)[-1][:, 1:].mean(1)
+    torch.testing.assert_close(model(images), model.head(model.fc_norm(pooled)))
+    torch.manual_seed(0)
+    fresh = vit.ImageClassifier(small(dim=192), 100)
+    assert fresh.head.weight.abs().max() <= 0.02 * 0.001 and not fresh.head.bias.any()
+    assert not {name for name, _ in fresh.named_parameters()} & {"norm.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_the_classifier_equals_timm(position, layer_scale):
+    beit = pytest.importorskip("timm.models.beit")
+    ours = randomised(vit.ImageClassifier(small(position, layer_scale=layer_scale), 11))
+    theirs = beit.Beit(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=11, global_pool="avg",
+                       qkv_bias=True, init_values=layer_scale or None, use_abs_pos_emb=position == "absolute",
+                       use_rel_pos_bias=position == "relative", use_shared_rel_pos_bias=position == "shared_relative").eval()
+    missing, unexpected = theirs.load_state_dict({n: v for n, v in ours.state_dict().items() if n != "mask_token"}, strict=False)
+    assert not unexpected and all("relative_position_index" in name or "k_bias" in name for name in missing)
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
+    torch.testing.assert_close(ours(images), theirs((images - mean) / std), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size, image_size", [(8, (32, 48)), (16, (64, 64)), (12, (24, 36)), (7, (14, 14))])
+def test_the_segmenter_answers_for_each_pixel(patch_size, image_size):
+    model = vit.SemanticSegmenter(small(patch_size=patch_size, image_size=image_size), 5, decoder_dim=64)
+    logits = model(torch.rand(2, 3, *image_size))
+    assert logits.shape == (2, 5, *image_size)
+    logits.square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name != "mask_token")
+
+
+def test_the_segmenter_keeps_places():
+    """What changes in one corner of the image changes the logits most in that corner."""
+    torch.manual_seed(0)
+    model = vit.SemanticSegmenter(small(patch_size=8, image_size=64), 5).eval()
+    images = torch.rand(1, 3, 64, 64)
+    other = images.clone()
+    other[..., :8, 48:56] = 0
+    change = (model(other) - model(images)).abs().sum(1)[0].detach()
+    assert change[:8, 48:56].mean() > 5 * change[32:].mean()
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    images, gradients = torch.rand(2, 3, 32, 32), []
+    for recompute in (False, True):
+        model = randomised(vit.ImageClassifier(small("relative"), 4)).train()
+        model.checkpoint_blocks = recompute
+        model(images).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+# other image sizes ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("old, new, patch_size", [(32, 48, 4), (224, 384, 16), (48, 32, 4), ((32, 48), (48, 32), 8)])
+def test_positions_carry_over_to_other_sizes(position, old, new, patch_size):
+    old, new = (ViTConfig(image_size=size, patch_size=patch_size, dim=16, depth=2, heads=2, position=position) for size in (old, new))
+    source, model = randomised(VisionTransformer(old)), VisionTransformer(new)
+    state = vit.resize_positions(source.state_dict(), new, old.grid)
+    model.load_state_dict(state)
+    assert model(torch.rand(1, 3, *new.image_hw)).isfinite().all()
+    for name, tensor in vit.resize_positions(source.state_dict(), old).items():
+        assert torch.equal(tensor, source.state_dict()[name])
+    constant = {name: torch.full_like(tensor, 3.0) for name, tensor in source.state_dict().items()}
+    for name, tensor in vit.resize_positions(constant, new, old.grid).items():
+        torch.testing.assert_close(tensor, torch.full_like(tensor, 3.0))
+    for name in state:
+        if name == "pos_embed":
+            assert torch.equal(state[name][:, 0], source.state_dict()[name][:, 0])
+        elif name.endswith("table"):
+            assert torch.equal(state[name][-3:], source.state_dict()[name][-3:])
+
+
+def test_resized_positions_keep_their_orientation():
+    """A ramp along the columns of a wide grid stays one along the columns, in E_pos and in the table of offsets."""
+    old, new = (ViTConfig(image_size=size, patch_size=8, dim=8, depth=1, heads=2) for size in ((16, 40), (32, 80)))
+    ramp = torch.arange(5.0).expand(2, 5).reshape(1, 10, 1)
+    state = {"pos_embed": torch.cat([torch.zeros(1, 1, 8), ramp.expand(1, 10, 8)], 1)}
+    grid = vit.resize_positions(state, new, old.grid)["pos_embed"][0, 1:, 0].view(4, 10)
+    assert (grid.diff(dim=1) > -1e-3).all() and grid.diff(dim=0).abs().max() < 1e-5
+    offsets = torch.arange(-4.0, 5).expand(3, 9).reshape(27, 1)
+    table = torch.cat([offsets, torch.zeros(3, 1)]).expand(30, 2)
+    resized = vit.resize_positions({"rel_pos_bias.relative_position_bias_table": table}, new, old.grid)
+    rows = resized["rel_pos_bias.relative_position_bias_table"][:-3, 0].view(7, 19)
+    assert rows[:, 9].abs().max() < 1e-5 and (rows.diff(dim=1) > -1e-3).all()    # no offset stays no offset
+
+
+def test_positions_that_fit_no_grid():
+    with pytest.raises(ValueError, match="pos_embed has 15 places: neither a square nor 4x4"):
+        vit.resize_positions({"pos_embed": torch.zeros(1, 16, 24)}, small())
+
+
 @pytest.mark.parametrize("wrong", [dict(patch_size=7), dict(heads=5), dict(depth=0), dict(drop_path=1.0), dict(position="sine"),
                                    dict(layer_scale=-1.0), dict(patch_size=64), dict(pixel_std=(0.0, 1.0, 1.0))])
 def test_wrong_configs_name_the_field(wrong):

@@ -1,3 +1,5 @@
+import argparse
+import dataclasses
 import os
 import pickle
 
@@ -6,6 +8,7 @@ import torch
 
 import dvae
 import training
+import vit
 import weights
 
 ZIP_OR_OLDER = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
@@ -162,3 +165,64 @@ def test_what_is_not_weights_is_named(tmp_path, public):
         weights.load_dalle(tmp_path / "nowhere.pkl")
     with pytest.raises(training.UserError, match="^--tokenizer: .*state_dict of .*; a model.pt of dvae.py or DALL-E's encoder.pkl would do"):
         weights.load_tokenizer(save(state, tmp_path / "state.pt"))
+
+
+# backbones -----------------------------------------------------------------------------------------------------------
+
+def backbone(position="shared_relative", **more):
+    return vit.ViTConfig(**{"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 1, "position": position, **more})
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+def test_released_checkpoints(tmp_path, position, layer_scale):
+    """{"model", "optimizer", "args": Namespace}, index buffers included: nothing is run, and the config follows from shapes."""
+    config = backbone(position, layer_scale=layer_scale)
+    model = vit.MaskedImageModel(config, 50)
+    state = {**model.state_dict(), "rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
+    path = save({"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 7,
+                 "args": argparse.Namespace(lr=1e-3, model="beit_base")}, tmp_path / "beit.pth")
+    loaded, info = weights.load(path)
+    assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None,
+                        config=dataclasses.replace(config, drop_path=info["config"].drop_path))
+    vit.MaskedImageModel(info["config"], 50).load_state_dict(loaded)
+
+
+def test_a_shared_table_goes_into_each_block(tmp_path):
+    source = vit.MaskedImageModel(backbone(), 50)
+    torch.nn.init.normal_(source.rel_pos_bias.relative_position_bias_table)
+    path = save({"model": source.state_dict()}, tmp_path / "beit.pth")
+    model = vit.ImageClassifier(backbone("relative"), 5)
+    weights.initialise(model, path)
+    for block in model.blocks:
+        assert torch.equal(block.attn.relative_position_bias_table, source.rel_pos_bias.relative_position_bias_table)
+    assert torch.equal(model.fc_norm.weight, source.norm.weight)
+    images = torch.rand(2, 3, 32, 32)
+    for ours, theirs in zip(model.eval().hidden_states(images), source.eval().hidden_states(images)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.pop("blocks.1.mlp.fc1.bias"), "lacks 1 tensors, blocks.1.mlp.fc1.bias first"),
+    (lambda state: state.update(surprise=torch.zeros(1)), "has, and the model has not, 1 tensors, surprise first"),
+    (lambda state: state.update({"blocks.0.mlp.fc2.bias": torch.zeros(3)}), "blocks.0.mlp.fc2.bias is 3 there and 64 in the model"),
+    (lambda state: state.update({"rel_pos_bias.relative_position_bias_table": torch.zeros(50, 1)}), "positions for 47 places|is no BEiT|has 47 places"),
+    (lambda state: state.update({"blocks.0.attn.q_bias": "a word"}), "q_bias is not a tensor")])
+def test_anything_unexpected_is_an_error_and_changes_nothing(tmp_path, change, message):
+    source = vit.MaskedImageModel(backbone(), 50)
+    state = source.state_dict()
+    change(state)
+    model = vit.ImageClassifier(backbone(), 5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(training.UserError, match=message):
+        weights.initialise(model, save({"model": state}, tmp_path / "beit.pth"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_no_backbone(tmp_path):
+    tokenizer = dvae.DiscreteVAE(8, 8, 2, 1)
+    for value, message in (({"model": tokenizer.state_dict(), "config": tokenizer.config, "kind": "DiscreteVAE"}, "is a tokenizer"),
+                           ({"state_dict": {}}, "holds a dict of state_dict, not a Vision"), ([1, 2], "holds a list, not a Vision"),
+                           ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "a state_dict of 1 tensors, conv1.weight first")):
+        with pytest.raises(ValueError, match=message):
+            weights.load(save(value, tmp_path / "x.pt"))
