@@ -1,12 +1,17 @@
-"""Checkpoints: DALL-E's public tokenizer, the released BEiT's and our own, and how they enter a model.
+"""Checkpoints that cross our border: DALL-E's public tokenizer, the released BEiT, timm, Hugging Face, and our own.
+
+`python weights.py FILE` describes one; `python weights.py FILE --to huggingface|timm|beit OUT` converts it.
 
 A checkpoint is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
 inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
+import argparse
 import collections
+import json
 import math
 import pickle
 import re
+import sys
 import types
 import warnings
 import zipfile
@@ -16,7 +21,7 @@ import torch
 
 import dvae
 import vit
-from training import UserError, say
+from training import UserError, say, write_atomically, write_json
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 
@@ -97,6 +102,8 @@ def read(path):
         raise ValueError(f"{path} is empty")
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page ({size:,} bytes), not weights: the download went to the wrong address")
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
+        return _read_safetensors(path, damaged)
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip:
         try:
@@ -120,6 +127,16 @@ def read(path):
     except Exception:                                   # a broken pickle can raise anything
         raise ValueError(damaged) from None
     raise ValueError(f"{path} is a pickle, but not one of torch.save")
+
+
+def _read_safetensors(path, damaged):
+    library = safetensors_torch()
+    if not library:
+        raise ValueError(f"{path} is a safetensors file: pip install safetensors, or take the .bin or .pth file")
+    try:
+        return library.load_file(path)
+    except Exception:                                   # safetensors' own errors
+        raise ValueError(damaged) from None
 
 
 def kind_of(found):
@@ -207,59 +224,267 @@ def load_tokenizer(path, flag="--tokenizer"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backbones
+# Backbones in
 # ---------------------------------------------------------------------------------------------------------------------
 
 HEADS = ("lm_head.", "head.", "decoder.")    # what belongs to a task, not to the backbone
 
 
 def load(path):
-    """(state_dict in our names, info) of a backbone's checkpoint: our own, or the released BEiT's.
+    """(state_dict in our names, info) of a backbone's checkpoint: our own, the released BEiT's, timm's or Hugging Face's.
 
-    info: source ("ours" or "released BEiT"), task ("masked image modeling", "classification", "segmentation" or "none"),
-    config (vit.ViTConfig), outputs (tokens or classes; None without a head), classes (their names, or None). ValueError says what was found instead.
+    info: source ("ours", "released BEiT", "timm" or "Hugging Face"), task ("masked image modeling", "classification",
+    "segmentation" or "none"), config (vit.ViTConfig; but for our own, from shapes), outputs (tokens or classes; None without a
+    head), classes (their names, or None), dropped (what has no place here, such as Hugging Face's segmentation decoder).
+    ValueError says in one line what was found instead.
     """
+    path = Path(path)
     found = read(path)
     kind = found.get("kind") if isinstance(found, dict) else None
-    if kind == "DiscreteVAE":
+    if kind == "DiscreteVAE" or isinstance(found, StandIn):
         raise ValueError(f"{path} is a tokenizer (--tokenizer takes it), not a backbone")
-    state = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict) or "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{path} holds {kind_of(found)}, not a Vision Transformer of ours or of the released BEiT")
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+    state, beside = found, None
+    for nest in ("model", "module", "state_dict"):      # the released BEiT's, and those who wrapped it
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not any("patch_embed" in str(name) for name in state):
+        raise ValueError(f"{path} holds {kind_of(found)}, not a Vision Transformer of ours, the released BEiT, timm or Hugging Face")
     strangers = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
     if strangers:
         raise ValueError(f"{path}: {strangers[0]} is not a tensor")
-    if kind:
-        config = found["config"].get("vit", {})
-        config = vit.ViTConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
-    else:
-        config = infer_config(state, path)
+    source, dropped = "ours" if kind else "timm" if state is found else "released BEiT", []
+    if any("patch_embeddings.projection" in name for name in state):
+        source, beside = "Hugging Face", path.with_name("config.json")
+        state, dropped = from_huggingface(state, path)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+             if not name.endswith(("relative_position_index", "attn.k_bias"))}
+    try:
+        if kind:
+            config = vit.ViTConfig(**{name: tuple(value) if isinstance(value, list) else value
+                                      for name, value in found["config"]["vit"].items()})
+        else:
+            config = infer_config(state, beside)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no BEiT: {type(error).__name__} {' '.join(str(error).split())[:100]}") from None
+    check_shapes(state, config, path)
     head = next((state[name] for name in ("lm_head.weight", "head.weight") if name in state), None)
     task = ("none" if head is None else "masked image modeling" if "lm_head.weight" in state
             else "segmentation" if head.dim() == 4 else "classification")
-    return state, dict(source="ours" if kind else "released BEiT", task=task, config=config,
-                       outputs=None if head is None else len(head), classes=found["config"].get("classes") if kind else None)
+    return state, dict(source=source, task=task, config=config, outputs=None if head is None else len(head),
+                       classes=found["config"].get("classes") if kind else None, dropped=dropped)
 
 
-def infer_config(state, path):
-    """vit.ViTConfig from the shapes of a state_dict of the released BEiT. ValueError where they contradict each other."""
+def infer_config(state, beside=None):
+    """vit.ViTConfig from the shapes of a state_dict in our names, all that they say of it: heads of absolute positions are
+    taken to be 64 wide, unless a config.json of Hugging Face's lies beside; layer_scale is only "some" (0.1) or none."""
+    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    tables = [name for name in state if name.endswith("relative_position_bias_table")]
+    if tables:
+        rows, heads = state[tables[0]].shape
+        side = (math.isqrt(rows - 3) + 1) // 2
+        position = "shared_relative" if tables[0].startswith("rel_pos_bias.") else "relative"
+    else:
+        heads, side, position = max(1, dim // 64), math.isqrt(state["pos_embed"].shape[1] - 1), "absolute"
+        if beside and beside.is_file():
+            heads = json.loads(beside.read_text())["num_attention_heads"]
+    more = {}
+    processor = beside and beside.with_name("preprocessor_config.json")
+    if processor and processor.is_file():
+        told = json.loads(processor.read_text())
+        more = {ours: tuple(told[theirs]) for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")) if theirs in told}
+    return vit.ViTConfig(image_size=side * patch_size, patch_size=patch_size, in_channels=channels, dim=dim, depth=depth, heads=heads,
+                         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim, position=position,
+                         layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0, **more)
+
+
+def check_shapes(state, config, path):
+    """ValueError where the backbone's tensors lack one, or contradict each other."""
+    with torch.device("meta"):
+        expected = vit.VisionTransformer(config).state_dict()
+    for name, tensor in expected.items():
+        if name not in state and not name.startswith(("norm.", "mask_token")):
+            raise ValueError(f"{path} lacks {name}")
+        if name in state and state[name].shape != tensor.shape:
+            there, here = ("x".join(map(str, shape)) for shape in (state[name].shape, tensor.shape))
+            raise ValueError(f"{path}: {name} is {there}, the other tensors call for {here}")
+
+
+# Hugging Face's names, as in the files on the hub and as in transformers 5's memory, and ours; applied in this order.
+HUGGINGFACE = [(re.compile(theirs), ours) for theirs, ours in (
+    (r"^beit\.", ""),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"\.(attention\.attention\.)?relative_position_bias\.", ".attn."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.lambda_([12])$", r".gamma_\1"),
+    (r"^layernorm\.", "norm."),
+    (r"^pooler\.layernorm\.", "fc_norm."),
+    (r"^classifier\.", "head."))]
+NOT_OURS = ("decode_head.", "auxiliary_head.", "fpn", "neck.")    # Hugging Face's UperNet decoder
+
+
+def from_huggingface(state, path):
+    """(state_dict in our names, the names that have no place here) from BeitForMaskedImageModeling,
+    BeitForImageClassification, BeitModel or the backbone of BeitForSemanticSegmentation."""
+    ours, dropped = {}, []
+    for name, tensor in state.items():
+        if name.startswith(NOT_OURS):
+            dropped.append(name)
+            continue
+        for theirs, replacement in HUGGINGFACE:
+            name = theirs.sub(replacement, name)
+        ours[name] = tensor
+    for prefix in sorted({name.removesuffix("q.weight") for name in ours if name.endswith(".attn.q.weight")}):
+        try:
+            ours[prefix + "qkv.weight"] = torch.cat([ours.pop(f"{prefix}{part}.weight") for part in "qkv"])
+            for part in "qv":
+                ours[f"{prefix}{part}_bias"] = ours.pop(f"{prefix}{part}.bias")
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{path}: the queries, keys and values of {prefix.removesuffix('.attn.')} are not whole") from None
+    return ours, dropped
+
+
+def build(path):
+    """(model, info): the MaskedImageModel, ImageClassifier, SemanticSegmenter or VisionTransformer in a checkpoint, in
+    evaluation mode. ValueError as `load`."""
+    state, info = load(path)
+    config = info["config"]
+    if info["task"] == "masked image modeling":
+        model = vit.MaskedImageModel(config, info["outputs"])
+    elif info["task"] == "classification":
+        model = vit.ImageClassifier(config, info["outputs"])
+    elif info["task"] == "segmentation":
+        model = vit.SemanticSegmenter(config, info["outputs"], state["decoder.0.weight"].shape[1])
+    else:
+        model = vit.VisionTransformer(config)
+        if "fc_norm.weight" in state:                   # a classifier without its head
+            state.update({f"norm.{part}": state.pop(f"fc_norm.{part}") for part in ("weight", "bias")})
+        elif "norm.weight" not in state:                # the backbone of Hugging Face's segmenter, which has none
+            model.norm = torch.nn.Identity()
+    missing = model.state_dict().keys() - state.keys() - {"mask_token"}
+    unknown = state.keys() - model.state_dict().keys() - {"norm.weight", "norm.bias"}
+    if missing or unknown:
+        raise ValueError(f"{path} {'lacks ' + min(missing) if missing else 'has ' + min(unknown) + ', which belongs to no model here'}")
     try:
-        dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        tables = [name for name in state if name.endswith("relative_position_bias_table")]
-        if tables:
-            rows, heads = state[tables[0]].shape
-            side = (math.isqrt(rows - 3) + 1) // 2
-            position = "shared_relative" if "rel_pos_bias.relative_position_bias_table" in state else "relative"
-        else:
-            heads, side, position = dim // 64, math.isqrt(state["pos_embed"].shape[1] - 1), "absolute"
-        return vit.ViTConfig(image_size=side * patch_size, patch_size=patch_size, in_channels=channels, dim=dim, depth=depth,
-                             heads=heads, mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim, position=position,
-                             layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is no BEiT: {type(error).__name__} {error}") from None
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+    return model.eval(), info
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_beit(model, path):
+    """The released BEiT's format: {"model": state_dict}."""
+    write_atomically(Path(path), lambda file: torch.save({"model": _plain(model)}, file))
+
+
+def save_timm(model, path):
+    """A state_dict for timm's Beit (timm.create_model("beit_...", checkpoint_path=...)), without what it has no place for: [M]
+    and the token head. As safetensors where the path says so. ValueError for a segmenter."""
+    if isinstance(model, vit.SemanticSegmenter):
+        raise ValueError("timm has no place for a segmenter's decoder; huggingface takes the backbone")
+    state = {name: tensor for name, tensor in _plain(model).items() if name != "mask_token" and not name.startswith("lm_head.")}
+    _write_tensors(state, Path(path))
+
+
+def save_huggingface(model, folder, classes=None):
+    """A folder for from_pretrained: config.json, preprocessor_config.json and the weights, under the names of the files on the
+    hub; model.safetensors where that package is installed, else pytorch_model.bin.
+
+    MaskedImageModel -> BeitForMaskedImageModeling, ImageClassifier -> BeitForImageClassification, others -> BeitModel (of a
+    segmenter the backbone alone). classes: names of the classes.
+    """
+    config, folder = model.config, Path(folder)
+    architecture = {vit.MaskedImageModel: "BeitForMaskedImageModeling", vit.ImageClassifier: "BeitForImageClassification"}.get(type(model), "BeitModel")
+    state = {}
+    for name, tensor in _plain(model).items():
+        state.update(to_huggingface(name, tensor, architecture))
+    classes = list(classes or [f"LABEL_{k}" for k in range(len(model.head.weight))]) if architecture == "BeitForImageClassification" else []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {
+        "model_type": "beit", "architectures": [architecture], "image_size": config.image_hw[0] if len(set(config.image_hw)) == 1 else list(config.image_hw),
+        "patch_size": config.patch_size, "num_channels": config.in_channels, "hidden_size": config.dim,
+        "num_hidden_layers": config.depth, "num_attention_heads": config.heads, "intermediate_size": int(config.dim * config.mlp_ratio),
+        "hidden_act": "gelu", "layer_norm_eps": 1e-6, "layer_scale_init_value": config.layer_scale, "drop_path_rate": config.drop_path,
+        "use_mask_token": architecture != "BeitForImageClassification", "use_mean_pooling": architecture != "BeitModel",
+        "use_absolute_position_embeddings": config.position == "absolute",
+        "use_relative_position_bias": config.position == "relative",
+        "use_shared_relative_position_bias": config.position == "shared_relative",
+        **({"vocab_size": len(model.lm_head.weight)} if architecture == "BeitForMaskedImageModeling" else {}),
+        **({"id2label": {str(k): name for k, name in enumerate(classes)}, "label2id": {name: k for k, name in enumerate(classes)}} if classes else {})})
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "BeitImageProcessor", "do_resize": True, "size": dict(zip(("height", "width"), config.image_hw)),
+        "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(config.pixel_mean), "image_std": list(config.pixel_std)})
+    _write_tensors(state, folder / ("model.safetensors" if safetensors_torch() else "pytorch_model.bin"))
+
+
+def to_huggingface(name, tensor, architecture):
+    """One of our parameters under Hugging Face's names (files on the hub), as a dict; queries, keys and values apart."""
+    if name.startswith(("decoder.", "head.")) and architecture == "BeitModel":
+        return {}
+    if name == "mask_token" and architecture == "BeitForImageClassification":
+        return {}
+    if name.startswith("lm_head.") or (name.startswith("norm.") and architecture == "BeitForMaskedImageModeling"):
+        return {name.replace("norm.", "layernorm."): tensor}
+    prefix, block = "" if architecture == "BeitModel" else "beit.", re.match(r"blocks\.(\d+)\.(.*)", name)
+    if not block:
+        for ours, theirs in (("head.", "classifier."), ("fc_norm.", f"{prefix}pooler.layernorm."), ("norm.", f"{prefix}layernorm."),
+                             ("rel_pos_bias.", f"{prefix}encoder.relative_position_bias."), ("pos_embed", f"{prefix}embeddings.position_embeddings"),
+                             ("patch_embed.proj.", f"{prefix}embeddings.patch_embeddings.projection."), ("", f"{prefix}embeddings.")):
+            if name.startswith(ours):
+                return {theirs + name.removeprefix(ours): tensor}
+    layer, rest = f"{prefix}encoder.layer.{block[1]}.", block[2]
+    if rest == "attn.qkv.weight":
+        return {f"{layer}attention.attention.{part}.weight": some.clone() for part, some in zip(("query", "key", "value"), tensor.chunk(3))}
+    for ours, theirs in (("attn.q_bias", "attention.attention.query.bias"), ("attn.v_bias", "attention.attention.value.bias"),
+                         ("attn.proj.", "attention.output.dense."), ("attn.", "attention.attention.relative_position_bias."),
+                         ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."), ("norm1.", "layernorm_before."),
+                         ("norm2.", "layernorm_after."), ("gamma_", "lambda_")):
+        if rest.startswith(ours):
+            return {layer + theirs + rest.removeprefix(ours): tensor}
+    raise ValueError(f"{name} has no name at Hugging Face")
+
+
+def _plain(model):
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _write_tensors(state, path):
+    if path.suffix != ".safetensors":
+        return write_atomically(path, lambda file: torch.save(state, file))
+    library = safetensors_torch()
+    if not library:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors")
+    write_atomically(path, lambda file: file.write(library.save(state, metadata={"format": "pt"})))
+
+
+def safetensors_torch():
+    """The module safetensors.torch, or None where it is not installed."""
+    try:
+        import safetensors.torch
+        return safetensors.torch
+    except ImportError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into a model
+# ---------------------------------------------------------------------------------------------------------------------
 
 def initialise(model, path, classes=None, flag="--init"):
     """Fill a backbone with a head (vit.ImageClassifier, vit.SemanticSegmenter, ...) from a checkpoint, and say in three lines
@@ -315,3 +540,45 @@ def initialise(model, path, classes=None, flag="--init"):
 def _names(names):
     """Parameters in short: their modules, each once."""
     return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in names)) or "nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def describe(path, info, model):
+    """What a checkpoint is, a line each."""
+    config = info["config"]
+    say(f"{path}: {info['source']}, {type(model).__name__}")
+    say(f"task        {info['task']}" + (f", {info['outputs']} {'tokens' if info['task'] == 'masked image modeling' else 'classes'}" if info["outputs"] else ""))
+    say(f"images      {config.image_hw[0]}x{config.image_hw[1]} pixels, {config.in_channels} channels; patches {config.patch_size}x{config.patch_size}, "
+        f"grid {config.grid[0]}x{config.grid[1]}")
+    say(f"backbone    {config.depth} blocks, width {config.dim}, {config.heads} heads, FFN {int(config.dim * config.mlp_ratio)}")
+    say(f"positions   {config.position}; layer scale {'yes' if config.layer_scale else 'no'}")
+    say(f"parameters  {sum(p.numel() for p in model.parameters()):,}")
+    if info["dropped"]:
+        say(f"left out    {len(info['dropped'])} tensors of another decoder, {info['dropped'][0]} first")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
+    parser.add_argument("file", help="of ours, the released BEiT, timm or Hugging Face (.pt, .pth, .bin, .safetensors)")
+    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"), help="huggingface FOLDER, timm FILE or beit FILE")
+    args = parser.parse_args()
+    try:
+        savers = {"huggingface": save_huggingface, "timm": save_timm, "beit": save_beit}
+        if args.to and args.to[0] not in savers:
+            raise ValueError(f"--to: huggingface, timm or beit, not {args.to[0]}")
+        model, info = build(args.file)
+        describe(args.file, info, model)
+        if args.to:
+            more = {"classes": info["classes"]} if args.to[0] == "huggingface" else {}
+            savers[args.to[0]](model, args.to[1], **more)
+            say(f"written to {args.to[1]}, for {args.to[0]}")
+    except (ValueError, OSError) as error:
+        print(f"weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -183,7 +183,7 @@ def test_released_checkpoints(tmp_path, position, layer_scale):
     path = save({"model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 7,
                  "args": argparse.Namespace(lr=1e-3, model="beit_base")}, tmp_path / "beit.pth")
     loaded, info = weights.load(path)
-    assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None,
+    assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None, dropped=[],
                         config=dataclasses.replace(config, drop_path=info["config"].drop_path))
     vit.MaskedImageModel(info["config"], 50).load_state_dict(loaded)
 
@@ -203,10 +203,10 @@ def test_a_shared_table_goes_into_each_block(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop("blocks.1.mlp.fc1.bias"), "lacks 1 tensors, blocks.1.mlp.fc1.bias first"),
+    (lambda state: state.pop("blocks.1.mlp.fc1.bias"), "lacks blocks.1.mlp.fc1.bias"),
     (lambda state: state.update(surprise=torch.zeros(1)), "has, and the model has not, 1 tensors, surprise first"),
-    (lambda state: state.update({"blocks.0.mlp.fc2.bias": torch.zeros(3)}), "blocks.0.mlp.fc2.bias is 3 there and 64 in the model"),
-    (lambda state: state.update({"rel_pos_bias.relative_position_bias_table": torch.zeros(50, 1)}), "positions for 47 places|is no BEiT|has 47 places"),
+    (lambda state: state.update({"blocks.0.mlp.fc2.bias": torch.zeros(3)}), "blocks.0.mlp.fc2.bias is 3, the other tensors call for 64"),
+    (lambda state: state.update({"rel_pos_bias.relative_position_bias_table": torch.zeros(50, 1)}), "bias_table is 50x1, the other tensors call for 28x1"),
     (lambda state: state.update({"blocks.0.attn.q_bias": "a word"}), "q_bias is not a tensor")])
 def test_anything_unexpected_is_an_error_and_changes_nothing(tmp_path, change, message):
     source = vit.MaskedImageModel(backbone(), 50)
@@ -226,3 +226,212 @@ def test_what_is_no_backbone(tmp_path):
                            ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "a state_dict of 1 tensors, conv1.weight first")):
         with pytest.raises(ValueError, match=message):
             weights.load(save(value, tmp_path / "x.pt"))
+
+
+# timm and Hugging Face -----------------------------------------------------------------------------------------------
+
+LIMIT = dict(atol=1e-4, rtol=0)
+SIZES = pytest.mark.parametrize("image_size", [32, 48])
+POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+SCALES = pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def theirs_config(transformers, config, **more):
+    return transformers.BeitConfig(
+        image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.dim, num_hidden_layers=config.depth,
+        num_attention_heads=config.heads, intermediate_size=int(config.mlp_ratio * config.dim), layer_norm_eps=1e-6,
+        layer_scale_init_value=config.layer_scale, drop_path_rate=0.0, use_absolute_position_embeddings=config.position == "absolute",
+        use_relative_position_bias=config.position == "relative",
+        use_shared_relative_position_bias=config.position == "shared_relative", attn_implementation="eager", **more)
+
+
+def normalised(images, config):
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.pixel_mean, config.pixel_std))
+    return (images - mean) / std
+
+
+def hub_names(state):
+    """transformers 5's names in memory -> those of the files on the hub."""
+    changed = {}
+    for name, tensor in state.items():
+        prefix = "beit." if name.startswith("beit.") else ""
+        for new, old in ((f"{prefix}layers.", f"{prefix}encoder.layer."), (f"{prefix}shared_position_bias.", f"{prefix}encoder.relative_position_bias."),
+                         ("attention.q_proj", "attention.attention.query"), ("attention.k_proj", "attention.attention.key"),
+                         ("attention.v_proj", "attention.attention.value"), ("attention.o_proj", "attention.output.dense"),
+                         ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")):
+            name = name.replace(new, old)
+        if "encoder.layer." in name:
+            name = name.replace(".relative_position_bias.", ".attention.attention.relative_position_bias.")
+        changed[name] = tensor
+    return changed
+
+
+@POSITIONS
+@SCALES
+@SIZES
+def test_hugging_face_to_us(transformers, tmp_path, position, layer_scale, image_size):
+    config = backbone(position, layer_scale=layer_scale, image_size=image_size)
+    theirs = randomised(transformers.BeitForMaskedImageModeling(theirs_config(transformers, config, vocab_size=50, use_mask_token=True)))
+    images, mask = torch.rand(2, 3, image_size, image_size), torch.rand(2, *config.grid) < 0.5
+    with torch.no_grad():
+        expected = theirs(normalised(images, config), bool_masked_pos=mask.flatten(1), output_hidden_states=True, output_attentions=True)
+    for spelling in (dict, hub_names):
+        ours, info = weights.build(save(spelling(theirs.state_dict()), tmp_path / "pytorch_model.bin"))
+        assert (info["source"], info["task"], info["outputs"]) == ("Hugging Face", "masked image modeling", 50)
+        assert (info["config"].position, info["config"].image_size, bool(info["config"].layer_scale)) == (position, image_size, layer_scale > 0)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images, mask), expected.logits[mask.flatten(1)], **LIMIT)
+            for layer, state in enumerate(ours.hidden_states(images, mask)):
+                torch.testing.assert_close(state, expected.hidden_states[layer + 1], **LIMIT)
+                torch.testing.assert_close(ours.attention_maps(images, layer, mask), expected.attentions[layer], **LIMIT)
+
+
+@POSITIONS
+@SCALES
+@pytest.mark.parametrize("with_safetensors", [True, False])
+def test_us_to_hugging_face_and_back(transformers, tmp_path, monkeypatch, position, layer_scale, with_safetensors):
+    if not with_safetensors:
+        monkeypatch.setattr(weights, "safetensors_torch", lambda: None)
+    config = backbone(position, layer_scale=layer_scale)
+    images, mask = torch.rand(2, 3, 32, 32), torch.rand(2, 4, 4) < 0.5
+    for model, theirs_class, outputs in (
+            (vit.MaskedImageModel(config, 50), "BeitForMaskedImageModeling", lambda them: them(normalised(images, config), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]),
+            (vit.ImageClassifier(config, 5), "BeitForImageClassification", lambda them: them(normalised(images, config)).logits),
+            (vit.VisionTransformer(config), "BeitModel", lambda them: them(normalised(images, config)).last_hidden_state)):
+        model, folder = randomised(model), tmp_path / theirs_class
+        weights.save_huggingface(model, folder)
+        them, loading = getattr(transformers, theirs_class).from_pretrained(folder, output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+        with torch.no_grad():
+            own = model(images, mask) if theirs_class == "BeitForMaskedImageModeling" else model(images)
+            torch.testing.assert_close(own, outputs(them.eval()), **LIMIT)
+        back, info = weights.build(folder / ("model.safetensors" if with_safetensors else "pytorch_model.bin"))
+        assert type(back) is type(model) and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items() if name != "mask_token")
+
+
+def test_base_shape_equals_hugging_face_and_timm(transformers, tmp_path):
+    beit = pytest.importorskip("timm.models.beit")
+    config = vit.ViTConfig(position="relative", layer_scale=0.1, image_size=224)
+    ours = vit.ImageClassifier(config, 1000).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith(("table", "bias", "head.weight")):
+                parameter.normal_(std=0.1)
+    weights.save_huggingface(ours, tmp_path)
+    theirs = transformers.BeitForImageClassification.from_pretrained(tmp_path).eval()
+    timms = beit.Beit(init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True).eval()
+    weights.save_timm(ours, tmp_path / "timm.pt")
+    timms.load_state_dict(torch.load(tmp_path / "timm.pt"), strict=False)
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        logits, (theirs, timms) = ours(images), (them(normalised(images, config)) for them in (theirs, timms))
+    print("largest difference to Hugging Face", (logits - theirs.logits).abs().max().item(), "to timm", (logits - timms).abs().max().item())
+    torch.testing.assert_close(logits, theirs.logits, **LIMIT)
+    torch.testing.assert_close(logits, timms, **LIMIT)
+
+
+@POSITIONS
+@SCALES
+@SIZES
+def test_timm_both_ways(tmp_path, position, layer_scale, image_size):
+    beit = pytest.importorskip("timm.models.beit")
+    config = backbone(position, layer_scale=layer_scale, image_size=image_size)
+    def timms():
+        return beit.Beit(img_size=image_size, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5, global_pool="avg", qkv_bias=True,
+                         init_values=layer_scale or None, use_abs_pos_emb=position == "absolute",
+                         use_rel_pos_bias=position == "relative", use_shared_rel_pos_bias=position == "shared_relative").eval()
+    theirs, images = randomised(timms()), torch.rand(2, 3, image_size, image_size)
+    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "timm.bin"))
+    assert (info["source"], info["task"], info["outputs"], info["config"].position) == ("timm", "classification", 5, position)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(normalised(images, config)), **LIMIT)
+    ours, back = randomised(ours), timms()
+    weights.save_timm(ours, tmp_path / "back.pt")
+    missing, unexpected = back.load_state_dict(torch.load(tmp_path / "back.pt"), strict=False)
+    assert not unexpected and all(name.endswith(("relative_position_index", "k_bias")) for name in missing)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), back(normalised(images, config)), **LIMIT)
+
+
+def test_the_backbone_of_hugging_faces_segmenter(transformers, tmp_path):
+    config = backbone("relative", depth=4, layer_scale=0.1)
+    theirs = randomised(transformers.BeitForSemanticSegmentation(theirs_config(transformers, config, out_indices=[1, 2, 3, 4], num_labels=7)))
+    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "pytorch_model.bin"))
+    assert type(ours) is vit.VisionTransformer and info["dropped"] and info["outputs"] is None
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.beit(normalised(images, config), output_hidden_states=True).hidden_states
+        for layer, state in enumerate(ours.hidden_states(images)):
+            torch.testing.assert_close(state, expected[layer + 1], **LIMIT)
+
+
+def test_a_segmenter_leaves_its_decoder_behind(tmp_path):
+    model = randomised(vit.SemanticSegmenter(backbone("relative"), 5))
+    weights.save_huggingface(model, tmp_path / "hf")
+    state = weights.load(next(path for path in (tmp_path / "hf").iterdir() if path.suffix in (".bin", ".safetensors")))[0]
+    assert not any(name.startswith(("decoder", "head")) for name in state) and torch.equal(state["norm.weight"], model.norm.weight)
+    with pytest.raises(ValueError, match="timm has no place"):
+        weights.save_timm(model, tmp_path / "x.pt")
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    library = pytest.importorskip("safetensors.torch")
+    model = randomised(vit.ImageClassifier(backbone("relative"), 5))
+    weights.save_timm(model, tmp_path / "timm.safetensors")
+    assert torch.equal(weights.load(tmp_path / "timm.safetensors")[0]["head.weight"], model.head.weight)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "timm.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        weights.load(tmp_path / "cut.safetensors")
+    monkeypatch.setattr(weights, "safetensors_torch", lambda: None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        weights.load(tmp_path / "timm.safetensors")
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("blocks.1.attn.proj.weight", (64, 32), "blocks.1.attn.proj.weight is 64x32, the other tensors call for 64x64"),
+    ("blocks.1.norm1.bias", None, "lacks blocks.1.norm1.bias"),
+    ("rel_pos_bias.relative_position_bias_table", (50, 1), "rel_pos_bias.relative_position_bias_table is 50x1"),
+    ("patch_embed.proj.weight", (64, 192), "is no BEiT"),
+    ("rel_pos_bias.relative_position_bias_table", (2, 1), "is no BEiT")])
+def test_shapes_that_contradict_each_other(tmp_path, name, shape, message):
+    state = vit.MaskedImageModel(backbone(), 50).state_dict()
+    if shape:
+        state[name] = torch.zeros(shape)
+    else:
+        del state[name]
+    with pytest.raises(ValueError, match=message):
+        weights.load(save({"model": state}, tmp_path / "beit.pth"))
+
+
+@pytest.mark.parametrize("target, check", [("huggingface", "config.json"), ("timm", None), ("beit", None)])
+def test_command_line(tmp_path, capsys, monkeypatch, target, check):
+    path = save({"model": randomised(vit.ImageClassifier(backbone("relative"), 5)).state_dict()}, tmp_path / "beit.pth")
+    monkeypatch.setattr("sys.argv", ["weights.py", str(path), "--to", target, str(tmp_path / "out")])
+    weights.main()
+    said = capsys.readouterr().out
+    assert "released BEiT, ImageClassifier" in said and "classification, 5 classes" in said and "32x32 pixels" in said
+    out = tmp_path / "out"
+    written = next(p for p in out.iterdir() if p.suffix in (".bin", ".safetensors")) if check else out
+    assert torch.equal(weights.load(written)[0]["head.weight"], weights.load(path)[0]["head.weight"])
+
+
+@pytest.mark.parametrize("flags, message", [(["gone.pt"], "gone.pt does not exist"), (["."], "is a folder"), (["{}", "--to", "onnx", "x"], "--to: huggingface, timm or beit")])
+def test_command_line_errors(tmp_path, capsys, monkeypatch, flags, message):
+    path = save({"model": vit.MaskedImageModel(backbone(), 5).state_dict()}, tmp_path / "beit.pth")
+    monkeypatch.setattr("sys.argv", ["weights.py", *(flag.format(path) for flag in flags)])
+    with pytest.raises(SystemExit) as exit:
+        weights.main()
+    assert exit.value.code == 2 and message in capsys.readouterr().err
