@@ -48,7 +48,7 @@ def logit_laplace_nll(x, mu, log_b):
     return math.log(2) + log_b + torch.log(x * (1 - x)) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
 
 
-NEAR = 8              # codes that are compared in fp32 where the features are not
+NEAR = 16             # codes that are compared in fp32 where the features are fp16: the best was among them in 6,400 of 6,400 places
 CHUNK = {"cpu": 2 ** 21, "cuda": 2 ** 28}     # logits computed at a time: what a CPU's caches hold; on a GPU, few kernels
 
 
@@ -117,6 +117,36 @@ def gumbel_noise(shape, seeds, device):
         for image, seed in zip(noise, seeds):
             fill(image, seed)
     return noise.log_().neg_().log_().neg_()
+
+
+def nearest_codes(w, b, dtype):
+    """features (n, d) in dtype -> argmax of features w^T + b, as in fp32. w (V, d), b (V,) in fp32.
+
+    fp16 logits choose NEAR codes, which are compared in fp32. bf16 ones are too coarse for that; but a bf16 product with fp32
+    sums ("medium" precision, on CPUs that have it) is exact for both halves of w = high + low.
+    """
+    if dtype == torch.float16:
+        rounded_w, rounded_b = w.half(), b.half()
+
+        def nearest(features):
+            near = F.linear(features, rounded_w, rounded_b).topk(min(NEAR, len(w))).indices              # (n, NEAR)
+            logits = torch.einsum("nd,nkd->nk", features.float(), w[near]) + b[near]
+            return near.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
+    elif dtype == torch.bfloat16:
+        high = w.bfloat16().float()
+        low = w - high
+
+        def nearest(features):
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+            try:
+                return (F.linear(features.float(), high, b) + F.linear(features.float(), low)).argmax(-1)
+            finally:
+                torch.set_float32_matmul_precision(precision)
+    else:
+        def nearest(features):
+            return F.linear(features, w, b).argmax(-1)
+    return nearest
 
 
 class Conv2d(nn.Module):
@@ -234,25 +264,17 @@ class DiscreteVAE(nn.Module):
     def tokenize(self, images):
         """The most likely code of each place, z = argmax q(z | x), no noise: (B, h, w) int64.
 
-        Logits are computed some places at a time. Where the features are bf16 or fp16, they only choose NEAR codes: rounded so
-        far, near codes could not be told apart. Those are compared in fp32.
+        Logits are computed some places at a time and compared in fp32 whatever the features are: among 8192 codes, rounding to
+        bf16 changes 35 % of the tokens, to fp16 9 %.
         """
         device, output = images.device.type, self.encoder.blocks.output.conv
         dtype = self.bearable(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32, device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            features = self.features(images)                                                            # (B, h, w, d)
-        w, b, tokens = output.w.flatten(1).float(), output.b.float(), []
-        rounded_w, rounded_b = w.to(features.dtype), b.to(features.dtype)
+            features = self.features(images).flatten(0, 2)                                              # (B h w, d)
         with torch.autocast(device, enabled=False):
-            for some in features.flatten(0, 2).split(max(1, CHUNK[device] // self.vocab_size)):          # (rows, d)
-                logits = F.linear(some, rounded_w, rounded_b)
-                if some.dtype == torch.float32:
-                    tokens.append(logits.argmax(-1))
-                    continue
-                near = logits.topk(min(NEAR, self.vocab_size)).indices                                  # (rows, NEAR)
-                logits = torch.einsum("nd,nkd->nk", some.float(), w[near]) + b[near]
-                tokens.append(near.gather(1, logits.argmax(-1, keepdim=True))[:, 0])
-        return torch.cat(tokens).view(features.shape[:3])
+            nearest = nearest_codes(output.w.flatten(1).float(), output.b.float(), features.dtype)
+            tokens = [nearest(some) for some in features.split(max(1, CHUNK[device] // self.vocab_size))]
+        return torch.cat(tokens).view(len(images), images.shape[2] // self.downsample, -1)
 
     def bearable(self, dtype, device):
         """What of dtype the encoder can be computed in, but for its last convolution.

@@ -121,6 +121,22 @@ def test_tokens_of_a_coarse_encoder():
     assert agree > 0.9 and agree > (rounded == fine).float().mean() + 0.2
 
 
+def test_tokens_under_autocast():
+    model = small(vocab_size=512)
+    images = torch.rand(16, 3, 16, 16).cumsum(2).cumsum(3) / 256
+    model.initialise_codes(images)
+    fine = model.tokenize(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.tokenize(images), fine)               # shallow: fp32 all the same
+    deep = dvae.DiscreteVAE(512, 8, groups=2, blocks_per_group=5).eval()
+    deep.initialise_codes(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, features, output = deep.tokenize(images), deep.features(images), deep.encoder.blocks.output.conv
+    assert features.dtype == torch.bfloat16
+    logits = F.linear(features.float(), output.w.flatten(1), output.b)
+    assert (tokens == logits.argmax(-1)).float().mean() > 0.99         # of these features, in fp32
+
+
 def test_noise_in_training_only():
     model = small()
     images = torch.rand(1, 3, 16, 16)

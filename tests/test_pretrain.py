@@ -93,6 +93,19 @@ def test_the_tokenizer_continues_bit_for_bit(tokenizer, tmp_path, monkeypatch):
     assert equal(torch.load(tmp_path / "model.pt")["model"], torch.load(tokenizer)["model"])
 
 
+def test_a_slow_encoder_stays_where_it_is(tokenizer, tmp_path):
+    def moved(part, share):
+        config = dataclasses.replace(training.build(dvae.Config, json.loads((tokenizer.parent / "config.json").read_text())), steps=1,
+                                     encoder_lr=share, ema=0.0, weight_decay=0.0, out=str(tmp_path / f"{share}"))
+        if not (tmp_path / f"{share}").exists():
+            dvae.train(config, CPU)
+        state = torch.load(tmp_path / f"{share}" / "model.pt")["model"]
+        return state[f"{part}.blocks.group_1.block_1.res_path.conv_1.w"]
+    still, slow, fast = (moved("encoder", share) for share in (0.0, 0.1, 1.0))
+    torch.testing.assert_close((slow - still).norm() / (fast - still).norm(), torch.tensor(0.1), atol=0.01, rtol=0)
+    torch.testing.assert_close(moved("decoder", 0.0), moved("decoder", 1.0))
+
+
 def test_collapse_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dvae.DiscreteVAE, "initialise_codes", lambda self, images: self.encoder.blocks.output.conv.b.data[0].add_(50))
     config = training.build(dvae.Config, {**dvae.PRESETS["demo"], "steps": 1, "batch_size": 4, "image_size": 16, "vocab_size": 512,
