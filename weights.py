@@ -560,12 +560,17 @@ def describe(path, info, model):
         say(f"left out    {len(info['dropped'])} tensors of another decoder, {info['dropped'][0]} first")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):                           # argparse would print the usage before it
+        raise ValueError(message.removeprefix("argument "))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
+    parser = _Parser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
     parser.add_argument("file", help="of ours, the released BEiT, timm or Hugging Face (.pt, .pth, .bin, .safetensors)")
     parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"), help="huggingface FOLDER, timm FILE or beit FILE")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         savers = {"huggingface": save_huggingface, "timm": save_timm, "beit": save_beit}
         if args.to and args.to[0] not in savers:
             raise ValueError(f"--to: huggingface, timm or beit, not {args.to[0]}")

@@ -26,8 +26,16 @@ SMALL = ["--image-size", "32", "--patch-size", "8", "--dim", "16", "--depth", "2
          "--precision", "fp32", "--save-every", "3", "--log-every", "1"]
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_images():
+    """96 of them, where the tests run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "__len__", lambda self: 10_000 if self.split == "train" else 96)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, few_held_out_images):
     """model.pt of a tokenizer of a few steps."""
     config = training.build(dvae.Config, {**dvae.PRESETS["demo"], "preset": "demo", "steps": 6, "batch_size": 8, "image_size": 16,
                                           "vocab_size": 64, "hidden": 8, "out": str(tmp_path_factory.mktemp("tokenizer"))})
