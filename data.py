@@ -25,6 +25,7 @@ from masking import blockwise_mask, random_mask
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHAPES = ("disc", "square", "triangle", "hexagon", "star", "cross", "ring", "crescent", "ellipse", "bar")
+HUE_SPREAD = 0.04    # objects vary by this about their shape's hue, the next shape's is 0.1 away: hue alone would name four in five
 
 
 def _outline(shape, u, v):
@@ -61,8 +62,8 @@ def render_scene(split, index, size=64):
     rng = np.random.default_rng([0 if split == "train" else 1, index])
     places = np.arange(size, dtype=np.float32) / size                            # of pixels, in [0, 1)
 
-    def colour(saturation, value):
-        return np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)), np.float32)
+    def colour(hue, saturation, value):
+        return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
     def textured(a, b, x, y):                                                    # a to b in a ramp, waves or stripes
         angle = rng.uniform(0, 2 * np.pi)
@@ -71,7 +72,7 @@ def render_scene(split, index, size=64):
         blend = (along, swing / 2, swing * 3)[rng.integers(3)]
         return a + (b - a) * np.clip(0.5 + blend, 0, 1)[..., None]               # (rows, columns, 3)
 
-    image = textured(colour((0.1, 0.6), (0.2, 0.9)), colour((0.1, 0.6), (0.2, 0.9)), places, places[:, None])
+    image = textured(*(colour(rng.random(), (0.1, 0.6), (0.2, 0.9)) for _ in range(2)), places, places[:, None])
     classes = np.zeros((size, size), np.uint8)
 
     def draw(shape, radius, centre):
@@ -82,7 +83,7 @@ def render_scene(split, index, size=64):
         u = (x - centre[1]) * cos + (y - centre[0]) * sin
         v = (y - centre[0]) * cos - (x - centre[1]) * sin
         cover = np.clip(0.5 - _outline(SHAPES[shape], u, v) * (radius * size), 0, 1)    # anti-aliased over one pixel
-        tone = colour((0.5, 1.0), (0.4, 1.0))
+        tone = colour(shape / len(SHAPES) + rng.normal(0, HUE_SPREAD), (0.5, 1.0), (0.5, 1.0))
         fill = textured(tone, tone * rng.uniform(0.4, 0.8), x, y) if rng.random() < 0.4 else tone
         image[window] += (fill - image[window]) * cover[..., None]
         classes[window][cover > 0.5] = 1 + shape

@@ -104,7 +104,7 @@ PRESETS = {
     "intermediate": {**IMAGENET, **size("base"), "epochs": 30.0, "lr": 2e-5, "layer_decay": 0.85, "mixup": 0.0, "cutmix": 0.0,
                      "weight_decay": 1e-8},
     "segmentation-demo": {**DEMO, "epochs": 2.5, "lr": 3e-3, "layer_decay": 0.75, "scale": (0.75, 1.5), "jitter": 0.0,
-                          "decoder_dim": 128, "eval_every": 500},
+                          "decoder_dim": 64, "eval_every": 500},
     "segmentation-base": {**ADE20K, **size("base")},
     "segmentation-large": {**ADE20K, **size("large"), "drop_path": 0.2},
     "probe": PROBE,

@@ -1,0 +1,364 @@
+"""Figures: what is drawn is what was computed, where it was computed; and the command line."""
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+import data
+import dvae
+import masking
+import training
+import visualize
+import vit
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0)
+
+
+def model_of(**fields):
+    torch.manual_seed(0)
+    return vit.MaskedImageModel(vit.ViTConfig(**{**SMALL, **fields}), vocab_size=50).eval()
+
+
+def drawn(figure):
+    """The figure's pixels (H, W, 3), and for each of its axes with data (axis, its part of them)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
+    panels = []
+    for axis in figure.axes:
+        if axis.images or axis.lines or axis.patches or axis.collections:
+            box = axis.get_window_extent()
+            panels.append((axis, pixels[round(len(pixels) - box.y1):round(len(pixels) - box.y0), round(box.x0):round(box.x1)]))
+    return pixels, panels
+
+
+def assert_drawn(figure):
+    _, panels = drawn(figure)
+    assert panels
+    for axis, part in panels:
+        assert part.size and part.std() > 1, f"panel {axis.get_title()!r} is blank"
+    return panels
+
+
+def scenes(count, side):
+    return visualize.squares([Image.fromarray(data.render_scene("val", i)[0]) for i in range(count)], side)
+
+
+# --------------------------------------------------------------------------------------------------------- masks
+
+def test_region_sizes_by_hand():
+    masks = np.array([[[1, 1, 0], [0, 1, 0], [1, 0, 1]], [[1, 1, 1], [1, 0, 1], [1, 1, 1]]], dtype=bool)
+    assert sorted(visualize.region_sizes(masks)) == [1, 1, 3, 8]
+
+
+def test_regions_do_not_reach_into_the_next_mask():
+    assert visualize.region_sizes(np.ones((5, 2, 3), dtype=bool)).tolist() == [6] * 5
+
+
+def test_masked_cells_are_those_of_the_mask():
+    image, mask = torch.rand(3, 32, 32) * 0.3, np.zeros((4, 4), bool)
+    mask[1, 2] = mask[3, 0] = True
+    grey = (visualize.hide(image, mask) == 0.5).all(0)
+    assert torch.equal(grey, torch.from_numpy(mask).repeat_interleave(8, 0).repeat_interleave(8, 1))
+
+
+def test_masks_figure():
+    rng = np.random.default_rng(0)
+    masks = [np.stack([draw((14, 14), 78, rng) for _ in range(4)]) for draw in (masking.blockwise_mask, masking.random_mask)]
+    statistics = visualize.mask_statistics((14, 14), 78, rng, draws=200)
+    assert (statistics["counts"]["blockwise, exact"] == 78).all() and (statistics["counts"]["Algorithm 1 as printed"] > 78).all()
+    assert np.mean(statistics["random"]) < 5 < 20 < np.mean(statistics["blockwise"])
+    assert_drawn(visualize.figure_masks(scenes(4, 56), *masks, statistics))
+
+
+# --------------------------------------------------------------------------------------------------------- tokens
+
+def test_the_same_token_has_the_same_colour_and_others_have_others():
+    colours = visualize.token_colours(torch.tensor([[3, 3], [7, 8000]])).permute(1, 2, 0).flatten(0, 1)
+    assert torch.equal(colours[0], colours[1]) and len(colours.unique(dim=0)) == 3
+    assert 0 <= colours.min() and colours.max() <= 1
+
+
+def test_code_pages_show_patches_of_their_code():
+    images = torch.zeros(1, 3, 4, 4)
+    images[0, :, :2, :2] = 0.9
+    images[0, :, 2:, 2:] = 0.9
+    (code, share, patches), (_, other_share, others) = visualize.code_pages(images, torch.tensor([[[5, 2], [6, 5]]]), 2)
+    assert (code, share, other_share) == (5, 0.5, 0.25) and len(patches) == 2 and (patches == 0.9).all() and (others == 0).all()
+
+
+def test_tokens_and_predictions_figures():
+    tokenizer, model, images = dvae.DiscreteVAE(vocab_size=50, hidden=8, groups=3, blocks_per_group=1).eval(), model_of(), scenes(4, 16)
+    tokenizer.initialise_codes(images)
+    tokens = tokenizer.tokenize(images)
+    pages = visualize.code_pages(images, tokens, 5)
+    assert_drawn(visualize.figure_tokens(images, tokens, images, tokenizer.decode(tokens), [page for page in pages if page[2].std() > 0] or pages))
+    mask = np.stack([masking.blockwise_mask((4, 4), 6, np.random.default_rng(i)) for i in range(3)])
+    pictures = [Image.fromarray(data.render_scene("val", i)[0]) for i in range(3)]
+    with torch.no_grad():
+        shown, mask, true, predicted, columns = visualize.predictions(model, tokenizer, pictures, mask)
+        logits = model(shown, mask)
+    assert torch.equal(logits.argmax(-1), predicted[mask])              # outside the mask, predictions are not asked for
+    right = true.clone() == true
+    figure = visualize.figure_predictions(columns, mask.numpy(), right.numpy(), 2)
+    outlines = [axis for axis in figure.axes if axis.patches]
+    assert [len(axis.patches) for axis in outlines] == [6, 6, 6]        # all masked patches "right", no others outlined
+    first = sorted((int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4) for patch in outlines[0].patches)
+    assert first == sorted(zip(*np.nonzero(mask[0].numpy())))
+    assert_drawn(visualize.figure_pipeline(shown[0], mask[0].numpy(), true[0], predicted[0], columns["tokenizer at best"][0], columns["prediction"][0]))
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+def test_every_attention_map_is_attention_maps_of_each_layer(position):
+    model, images = model_of(position=position, layer_scale=0.1), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for table in [p for n, p in model.named_parameters() if "table" in n]:
+            table.normal_()
+        for layer, one in enumerate(visualize.every_attention_map(model, images)):
+            torch.testing.assert_close(one, model.attention_maps(images, layer))
+
+
+def test_rollout_by_hand():
+    first, second = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    expected = (torch.eye(2) + second) / 2 @ ((torch.eye(2) + first) / 2)
+    out = visualize.rollout([first[None, None].expand(1, 3, 2, 2), second[None, None].expand(1, 3, 2, 2)])
+    torch.testing.assert_close(out, expected[None, None])
+    torch.testing.assert_close(out.sum(-1), torch.ones(1, 1, 2))
+
+
+def moved(grid, by):
+    """Attention in which each patch looks at the one `by` rows and columns further (around the edges), [S] at patch 0."""
+    (h, w), attention = grid, torch.zeros(1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
+    attention[0, 1] = 1
+    for row in range(h):
+        for column in range(w):
+            attention[1 + row * w + column, 1 + (row + by[0]) % h * w + (column + by[1]) % w] = 1
+    return attention
+
+
+def test_the_marked_patch_is_the_one_whose_row_is_plotted():
+    grid = (4, 6)
+    attention = moved(grid, (1, 2))[None]
+    assert visualize.reference_maps(attention, (2, 1), grid)[0].nonzero().tolist() == [[3, 3]]
+    assert visualize.reference_maps(attention, "S", grid)[0].nonzero().tolist() == [[0, 0]]
+    figure = visualize.figure_attention(torch.rand(3, 32, 48), attention, [(2, 1), "S"], grid)
+    image, heat = figure.axes[0], figure.axes[1]
+    (x,), (y,) = image.lines[0].get_data()
+    assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1)             # the mark is in patch (2, 1)
+    drawn_map = heat.images[1].get_array()
+    assert np.argwhere(drawn_map == drawn_map.max()).tolist() == [[3, 3]]
+    assert not figure.axes[2].lines                                     # [S] has no place
+    assert_drawn(figure)
+
+
+def test_the_overlay_lies_on_the_image_within_a_patch():
+    grid, image = (4, 6), torch.zeros(3, 32, 48)
+    figure = visualize.figure_attention(image, moved(grid, (1, 2))[None], [(2, 1)], grid)
+    _, panels = drawn(figure)
+    pixels = panels[1][1].sum(-1)                                        # four rows and six columns of patches
+    height, width = pixels.shape[0] / 4, pixels.shape[1] / 6
+    pixels[round(2 * height):round(3 * height), round(width):round(2 * width)] = 0      # the mark, brightest of all
+    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
+    assert (int(row / height), int(column / width)) == (3, 3)
+    assert panels[1][0].images[0].get_extent() == panels[1][0].images[1].get_extent()
+
+
+def test_a_figure_has_mean_largest_and_each_head():
+    maps = torch.stack([moved((2, 2), (0, 1)), moved((2, 2), (1, 0))])
+    figure = visualize.figure_attention(torch.rand(3, 8, 8), maps, [(0, 0)], (2, 2), "title")
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["patch 0,0", "mean", "largest", "head 1", "head 2"]
+    mean, largest = (figure.axes[i].images[1].get_array() for i in (1, 2))
+    assert mean.tolist() == [[0, 0.5], [0.5, 0]] and largest.tolist() == [[0, 1], [1, 0]]
+
+
+def test_twelve_heads_fit():
+    figure = visualize.figure_attention(torch.rand(3, 16, 16), torch.rand(12, 5, 5), [(0, 0), (1, 1)], (2, 2))
+    assert sum(axis.get_title().startswith("head") for axis in figure.axes) == 24
+    assert_drawn(figure)
+
+
+def test_reference_patches_fall_on_the_object():
+    image = torch.full((3, 64, 64), 0.2)
+    image[0, 16:40, 24:48] = 0.9
+    chosen = visualize.reference_patches(image, (8, 8), 3)
+    assert len(set(chosen)) == 3 and all(2 <= row < 5 and 3 <= column < 6 for row, column in chosen)
+
+
+def test_attention_distances_by_hand():
+    torch.testing.assert_close(visualize.attention_distances([moved((1, 2), (0, 1))[None, None]], (1, 2), 16), torch.tensor([[16.0]]))
+    uniform = torch.full((1, 1, 5, 5), 0.2)                             # of 4 patches: 0, 8, 8 and 8 sqrt 2 away
+    torch.testing.assert_close(visualize.attention_distances([uniform], (2, 2), 8), torch.tensor([[(16 + 8 * 2 ** 0.5) / 4]]))
+
+
+def test_object_attention_by_hand():
+    cover = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])                       # the object is half of four patches in a row
+    uniform = torch.full((1, 2, 5, 5), 0.2)
+    torch.testing.assert_close(visualize.object_attention([uniform], cover), torch.tensor([1.0]))
+    on_it = torch.zeros(1, 1, 5, 5)
+    on_it[..., 1:3] = 0.5
+    torch.testing.assert_close(visualize.object_attention([on_it], cover), torch.tensor([2.0]))
+    # without neighbours: patch 0 counts patches 2 and 3 (no object there, left out), patch 1 counts patch 3 alone: nothing asked
+    wide = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])                        # patch 0 counts 2 and 3: half of that is object
+    torch.testing.assert_close(visualize.object_attention([uniform], wide, near=1), torch.tensor([1.0]))
+    far = torch.zeros(1, 1, 5, 5)
+    far[0, 0, 1, 4] = far[0, 0, 4, 1] = 0.3
+    far[0, 0, 1, 1] = far[0, 0, 4, 4] = 0.7                             # itself, which is not counted
+    torch.testing.assert_close(visualize.object_attention([far], wide, near=1), torch.tensor([2.0]))
+
+
+def test_attention_figures_are_drawn():
+    assert_drawn(visualize.figure_attention_distance({"a": torch.rand(3, 2), "b": torch.rand(3, 2)}))
+    assert_drawn(visualize.figure_object_attention({"all": {"a": torch.rand(3), "b": torch.rand(3)}, "far": {"a": torch.rand(3)}}))
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+def test_positions_figure(position):
+    model = model_of(position=position)
+    with torch.no_grad():
+        for table in [p for n, p in model.named_parameters() if "table" in n]:
+            table[:-3, 1] = torch.arange(len(table) - 3.0)              # offsets of query less key, row by row
+    figure = visualize.figure_positions(model)
+    if position == "absolute":
+        picture = figure.axes[5].images[0].get_array()                  # a 4x4 grid is shown in full: row 1, column 1
+        assert np.unravel_index(picture.argmax(), picture.shape) == (1, 1) and picture.max() == pytest.approx(1)
+        assert_drawn(figure)
+    else:
+        picture = figure.axes[1].images[0].get_array()                  # key below and right of the query: top left of the table
+        assert picture[-1, -1] == 0 and picture[0, 0] == picture.max() == 48
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+def test_a_model_at_another_size(position):
+    model = model_of(position=position)
+    assert visualize.at_size(model, (32, 32)) is model
+    wide = visualize.at_size(model, (32, 64))
+    assert visualize.every_attention_map(wide, torch.rand(1, 3, 32, 64))[0].shape == (1, 2, 33, 33)
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+def log_of(folder, steps=50, **config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"out": str(folder), "seed": 0, **config}))
+    lines = [dict(step=i, loss=5 - i / 20, accuracy=i / 100, lr=1e-3, images_per_second=100 + i % 3, unigram_entropy=4.5,
+                  majority_accuracy=0.1, chance_loss=5.2) for i in range(1, steps + 1)]
+    lines[-1]["val_loss"] = 2.6
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines[:10], *lines[8:])))
+    return folder
+
+
+def test_curves_are_labelled_by_what_differs(tmp_path):
+    runs = visualize.read_runs([log_of(tmp_path / "a", lr=1e-3, masking="random"), log_of(tmp_path / "b", lr=1e-3, masking="blockwise")])
+    assert list(runs) == ["masking random", "masking blockwise"]
+    assert [line["step"] for line in runs["masking random"]] == list(range(1, 51))      # two steps were logged twice
+    figure = visualize.figure_curves(runs)
+    assert_drawn(figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+
+
+def test_one_run_is_called_by_its_folder(tmp_path):
+    assert list(visualize.read_runs([log_of(tmp_path / "a") / "metrics.jsonl"])) == [str(tmp_path / "a")]
+
+
+def test_smooth_is_a_centred_mean():
+    assert visualize.smooth(np.array([0.0, 3, 6, 9]), 2).tolist() == [1.5, 3, 6, 7.5]
+    assert visualize.smooth(np.array([1.0, 5]), 0).tolist() == [1, 5]
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder in which runs/pretrain-shapes holds a model and a tokenizer with random weights."""
+    folder = tmp_path_factory.mktemp("visualize")
+    tokenizer, model = dvae.DiscreteVAE(vocab_size=50, hidden=8, groups=3, blocks_per_group=1), model_of(position="shared_relative")
+    tokenizer.initialise_codes(scenes(8, 16))
+    out = folder / "runs/pretrain-shapes"
+    (out / "tokenizer").mkdir(parents=True)
+    torch.save({"kind": "DiscreteVAE", "config": tokenizer.config, "model": tokenizer.state_dict()}, out / "tokenizer/model.pt")
+    torch.save({"kind": "MaskedImageModel", "config": {"vit": dataclasses.asdict(model.config), "vocab_size": 50}, "model": model.state_dict()},
+               out / "model.pt")
+    log_of(folder / "log")
+    for name in ("metrics.jsonl", "config.json"):
+        (folder / "log" / name).rename(out / name)
+    return folder
+
+
+def command(monkeypatch, capsys, folder, *words):
+    """visualize.py in a folder: (exit status, its error line, the picture or None)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
+    out = folder / "out.png"
+    out.unlink(missing_ok=True)
+    if "--help" not in words:
+        sys.argv += ["--out", str(out)]
+    status = 0
+    try:
+        visualize.main()
+    except SystemExit as error:
+        status = error.code
+    return status, capsys.readouterr().err, np.array(Image.open(out)) if out.exists() else None
+
+
+@pytest.mark.parametrize("words", [
+    ["masks", "--grid", 6, 9, "--ratio", 0.2, "--count", 2], ["tokens", "--count", 2], ["predict", "--count", 3],
+    ["predict", "--count", 1, "--ratio", 0.6], ["attention"], ["attention", "--patch", "1,2", "--patch", "S", "--layer", 1],
+    ["attention", "--rollout", "--size", 48], ["attention-distance", "--count", 2], ["attention-objects", "--count", 4], ["positions"],
+    ["curves"], ["pipeline"]], ids=lambda words: " ".join(map(str, words)))
+def test_each_command_draws(monkeypatch, capsys, run, words):
+    status, error, picture = command(monkeypatch, capsys, run, *words)
+    assert status == 0, error
+    assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 5
+
+
+def test_images_of_all_kinds(monkeypatch, capsys, run):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((4000, 3000)).save(run / "large.jpg", quality=20)
+    Image.fromarray(rng.integers(0, 255, (50, 70), dtype=np.uint8), "L").save(run / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (20, 30, 4), dtype=np.uint8), "RGBA").save(run / "icon.png")
+    for words in (["attention", "--images", "large.jpg"], ["attention", "--images", "icon.png"], ["attention", "--images", "grey.png", "--size", 64],
+                  ["predict", "--images", "large.jpg", "grey.png", "icon.png"], ["tokens", "--images", "icon.png", "grey.png"],
+                  ["masks", "--images", "icon.png"], ["pipeline", "--images", "large.jpg"]):
+        status, error, picture = command(monkeypatch, capsys, run, *words)
+        assert status == 0 and picture is not None, (words, error)
+
+
+def test_whole_pictures_keep_their_shape():
+    assert visualize.whole(Image.new("RGB", (4000, 3000)), 32, 8).shape == (1, 3, 32, 40)
+    assert visualize.whole(Image.new("L", (20, 30)).convert("RGB"), 32, 8).shape == (1, 3, 48, 32)
+    assert visualize.whole(Image.new("RGB", (1000, 10)), 32, 8).shape == (1, 3, 32, 96)
+
+
+@pytest.mark.parametrize("words, named", [
+    (["attention", "--patch", "9,9"], "--patch: S, or ROW,COL from 0,0 to 3,3"), (["attention", "--patch", "left"], "--patch"),
+    (["attention", "--layer", "7"], "--layer: 1 to 3"), (["attention", "--layer", "0"], "--layer"), (["attention", "--size", "30"], "--size"),
+    (["attention", "--images", "nothing.jpg"], "--images: nothing.jpg is not there"), (["predict", "--data", "no-folder"], "--init: runs/pretrain-no-folder"),
+    (["tokens", "--data", "no-folder", "--tokenizer", "runs/pretrain-shapes/tokenizer/model.pt"], "--data"),
+    (["predict", "--init", "runs/pretrain-shapes/tokenizer/model.pt"], "is a tokenizer"), (["predict", "--init", "classifier.pt"], "ImageClassifier, not a MaskedImageModel"),
+    (["tokens", "--tokenizer", "runs/pretrain-shapes/model.pt"], "--tokenizer"), (["masks", "--ratio", "1.5"], "--ratio"), (["masks", "--ratio", "0"], "--ratio"),
+    (["curves", "--runs", "no-run"], "--runs: no-run/metrics.jsonl is not there"), (["painting"], "invalid choice: 'painting'"), ([], "WHAT"),
+    (["masks", "--count", "0"], "--count"), (["masks", "--banana", "1"], "--banana"), (["attention", "--init", "no.pt"], "--init: no.pt")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_line(monkeypatch, capsys, run, words, named):
+    classifier = vit.ImageClassifier(vit.ViTConfig(**SMALL), 3)
+    torch.save({"kind": "ImageClassifier", "config": {"vit": dataclasses.asdict(classifier.config), "classes": list("abc")},
+                "model": classifier.state_dict()}, run / "classifier.pt")
+    status, error, picture = command(monkeypatch, capsys, run, *words)
+    assert status == 2 and picture is None and error.count("\n") == 1 and named in error, error
+
+
+def test_runs_without_a_display_and_says_what_makes_the_weights(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "visualize.py", "positions"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "", "HOME": str(tmp_path)})
+    assert done.returncode == 2 and "`python pretrain.py` makes it" in done.stderr and done.stderr.count("\n") == 1
