@@ -311,6 +311,14 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
+def split_off(source, count):
+    """(all images but count, those count): Subsets of a source, the same at each call. ValueError where none would be left."""
+    if not 1 <= count < len(source):
+        raise ValueError(f"validate: from 1 to {len(source) - 1}, not {count}")
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+    return Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count]))
+
+
 def few_labels(source, count, seed):
     """A Subset of count images, as many of each class as of any other (give or take one), drawn by seed.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -29,6 +30,7 @@ class Config(training.RunConfig, vit.ViTConfig):
     task: Literal["classification", "segmentation", "probe", "knn"] = "classification"    # probe: linear classifiers on frozen features of each layer; knn: k nearest neighbours on them
     init: str = "none"    # model.pt of pretrain.py or finetune.py, or a released checkpoint; none: from scratch; default: what `pretrain.py` left for the same --data
     labels: int | None = None    # train on so many labelled images, the same number of each class; default: all
+    validate: int | None = None    # evaluate on so many training images, kept from training, instead of the held-out ones: to choose hyper-parameters by
     eval: bool = False    # only evaluate --init, by default what the same command without --eval left
     layer_decay: float = 0.65    # each layer's learning rate over that of the next; 0.65 base, 0.75 large (appendix)
     ema: float = 0.0    # decay of the weights' moving average, which is then what is evaluated and kept; 0 = none
@@ -49,7 +51,7 @@ class Config(training.RunConfig, vit.ViTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eval_every", "labels", "neighbours", "decoder_dim"):
+        for name in ("eval_every", "labels", "validate", "neighbours", "decoder_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1, not {getattr(self, name)}")
         for name in ("label_smoothing", "erasing", "jitter"):
@@ -93,7 +95,7 @@ DEMO = dict(batch_size=32, min_lr=1e-6, warmup=0.1, image_size=64, patch_size=8,
 PROBE = dict(steps=2000, batch_size=1024, lr=3e-3, min_lr=0.0, warmup=0.0, weight_decay=1e-3, log_every=100, clip_grad=0.0,
              drop_path=0.0, eval_crop=1.0)
 PRESETS = {
-    "demo": {**DEMO, "epochs": 2.5, "lr": 3e-3, "layer_decay": 0.75, "crop_scale": 0.5, "randaugment": 0.0, "mixup": 0.0,
+    "demo": {**DEMO, "epochs": 2.2, "lr": 3e-3, "layer_decay": 0.75, "crop_scale": 0.5, "randaugment": 0.0, "mixup": 0.0,
              "cutmix": 0.0, "erasing": 0.0, "eval_crop": 1.0, "eval_every": 500},
     "tiny": {**IMAGENET, **size("tiny")},
     "small": {**IMAGENET, **size("small")},
@@ -103,7 +105,7 @@ PRESETS = {
     "large-384": {**LARGE, **AT_384, "epochs": 5.0},
     "intermediate": {**IMAGENET, **size("base"), "epochs": 30.0, "lr": 2e-5, "layer_decay": 0.85, "mixup": 0.0, "cutmix": 0.0,
                      "weight_decay": 1e-8},
-    "segmentation-demo": {**DEMO, "epochs": 2.5, "lr": 3e-3, "layer_decay": 0.75, "scale": (0.75, 1.5), "jitter": 0.0,
+    "segmentation-demo": {**DEMO, "epochs": 2.2, "lr": 3e-3, "layer_decay": 0.75, "scale": (0.75, 1.5), "jitter": 0.0,
                           "decoder_dim": 64, "eval_every": 500},
     "segmentation-base": {**ADE20K, **size("base")},
     "segmentation-large": {**ADE20K, **size("large"), "drop_path": 0.2},
@@ -151,6 +153,8 @@ def complete(preset, flags):
 def open_views(config):
     """(training, held-out) data.Labelled for the config's task. ValueError ("field: what is wrong")."""
     source, held_out = data.open_labelled(config.data, config.data_root, maps=config.task == "segmentation")
+    if config.validate:
+        source, held_out = data.split_off(source, config.validate)
     if config.labels:
         source = data.few_labels(source, config.labels, config.seed)
     transforms = []
@@ -230,7 +234,7 @@ def evaluate(model, views, config, precision, device, unreadable):
 
 def held_out_batches(views, config, device):
     """This process's share of all held-out images. Maps keep their size, so those of a folder come one by one."""
-    alone = isinstance(views.source, data.SegmentationFolder)
+    alone = isinstance(getattr(views.source, "source", views.source), data.SegmentationFolder)
     return data.val_loader(views, config, device, rank=training.rank(), world_size=training.world_size(), images=len(views),
                            batch_size=1 if alone else 64)
 
@@ -528,7 +532,7 @@ def draw_segments(images, maps, shares, classes, columns=2):
     axes = figure.subplots(rows, 3 * columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    palette = class_colours(len(classes))
+    palette = class_colours()
     for i, (image, truth, guess) in enumerate(zip(images, maps, predicted)):
         three = axes[i // columns][i % columns * 3:i % columns * 3 + 3]
         for axis, title, picture in zip(three, ("image", "truth", "prediction"),
@@ -541,12 +545,12 @@ def draw_segments(images, maps, shares, classes, columns=2):
     return figure
 
 
-def class_colours(count):
-    """(256, 3) colours in [0, 1]: black for class 0 and others apart from each other for the rest; white for data.IGNORE."""
-    hues = (np.arange(256) * 0.61803) % 1
-    rounds = np.arange(256) // 12 % 3
+def class_colours():
+    """(256, 3) colours in [0, 1]: black for class 0, matplotlib's ten for the next, then others; white for data.IGNORE."""
+    hues, rounds = np.arange(256) * 0.61803 % 1, np.arange(256) // 12 % 3
     colours = np.stack([0.5 + 0.5 * np.cos(2 * np.pi * (hues + shift)) for shift in (0, 1 / 3, 2 / 3)], 1)
     colours = colours * (1 - 0.25 * rounds[:, None]) + 0.1 * rounds[:, None]
+    colours[1:11] = colormaps["tab10"].colors
     colours[0], colours[data.IGNORE] = 0, 1
     return colours
 

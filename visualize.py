@@ -89,12 +89,13 @@ def figure_masks(images, blockwise, random, statistics):
     sizes, counts = bottom.subplots(1, 2)
     bins = np.arange(0.5, statistics["largest"] + 3, 3)
     for label, colour in (("blockwise", "tab:blue"), ("random", "tab:orange")):
-        sizes.hist(statistics[label], bins=bins, histtype="step", linewidth=1.5, color=colour, label=label, density=True)
-    sizes.set(title="masked patches that touch each other", xlabel="patches in a connected region", ylabel="share of regions", yscale="log")
+        regions = statistics[label]
+        sizes.hist(regions, bins=bins, weights=np.full(len(regions), 1 / len(regions)), histtype="step", linewidth=1.5, color=colour, label=label)
+    sizes.set(title="masked patches that touch each other", xlabel="patches in a connected region", ylabel="share of regions, in bins of 3", yscale="log")
     sizes.legend(frameon=False)
     low, high = min(map(min, statistics["counts"].values())), max(map(max, statistics["counts"].values()))
     for (label, values), colour in zip(statistics["counts"].items(), ("tab:blue", "tab:green", "tab:orange")):
-        counts.hist(values, bins=np.arange(low - 1.5, high + 2.5), color=colour, alpha=0.6, label=label, density=True)
+        counts.hist(values, bins=np.arange(low - 1.5, high + 2.5), color=colour, alpha=0.6, label=label, density=True)    # bins of 1: shares
     counts.set(title=f"masked patches an image, {statistics['draws']:,} draws", xlabel="patches", ylabel="share of images")
     counts.legend(frameon=False)
     return figure
@@ -812,7 +813,7 @@ def main():
         figure = FIGURES[args.what](args)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=100)
+            figure.savefig(out, dpi=100 if args.what != "attention" else 80)
         except OSError as error:
             raise UserError(f"--out: {error}") from None
         training.say(f"written to {out}")

@@ -255,6 +255,13 @@ class Numbers:
         return index % 4
 
 
+def test_what_is_split_off_is_kept_from_training():
+    rest, kept = data.split_off(Numbers(), 9)
+    assert sorted(rest.indices + kept.indices) == list(range(39)) and len(kept) == 9 and kept.indices == data.split_off(Numbers(), 9)[1].indices
+    assert kept.target(3) == kept.indices[3] % 4 and data.few_labels(rest, 8, 0).labels().tolist().count(0) == 2
+    assert not {kept.indices[i] for i in range(9)} & {rest.indices[i] for i in data.few_labels(rest, 8, 0).indices}
+
+
 def test_few_labels_are_balanced_and_seeded():
     subset = data.few_labels(Numbers(), 12, 0)
     assert len(subset) == 12 and np.bincount(subset.labels()).tolist() == [3, 3, 3, 3] and len(set(subset.indices)) == 12

@@ -348,6 +348,7 @@ def test_knn_by_hand():
     (["--init", "gone.pt"], "--init: gone.pt does not exist"),
     (["--labels", "3"], "--labels: from 10, one a class, to 300, not 3"),
     (["--labels", "299"], "--labels: 299 are "),
+    (["--validate", "300"], "--validate: from 1 to 299, not 300"),
     (["--task", "segmentation", "--labels", "50"], "--labels: maps have no one class"),
     (["--task", "segmentation", "--data", "cifar10"], "--data: cifar10 has no maps"),
     (["--init", "none", "--task", "probe"], "--init: none leaves nothing to look at"),

@@ -1,0 +1,414 @@
+"""How fast and in how much memory this project runs, beside what this machine can do at most: `python bench.py`.
+
+All rows are measured in one run, in turn, several times over: medians, and half the range between the fastest and the slowest.
+Under torchrun also: what K processes do together, and how much of it is communication.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import dvae
+import finetune
+import pretrain
+import training
+import vit
+from masking import blockwise_mask
+
+VOCAB, CLASSES = 8192, 1000
+JPEG_SIZE, JPEG_COUNT = (500, 375), 64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic, by formula: floating-point operations an image, a multiplication and an addition counted as two
+# ---------------------------------------------------------------------------------------------------------------------
+
+def backbone_flops(config):
+    """Of a forward pass of the blocks and the patch embedding."""
+    N, D, hidden = config.grid[0] * config.grid[1], config.dim, int(config.dim * config.mlp_ratio)
+    T = N + 1
+    block = 2 * T * (4 * D * D + 2 * D * hidden) + 2 * 2 * T * T * D            # qkv, proj, fc1, fc2; q k^T, and its product with v
+    return config.depth * block + 2 * N * D * config.in_channels * config.patch_size ** 2
+
+
+def training_flops(config, head):
+    """Of a forward and a backward pass: each product once more for its weights and once more for its input, which pixels do not
+    need; head: what the head adds to the forward pass."""
+    pixels = 2 * config.grid[0] * config.grid[1] * config.dim * config.in_channels * config.patch_size ** 2
+    return 3 * (backbone_flops(config) + head) - pixels
+
+
+def tokenizer_flops(tokenizer, side):
+    """Of the encoder, for side x side pixels."""
+    hidden, groups, blocks = (tokenizer.config[name] for name in ("hidden", "groups", "blocks_per_group"))
+    places, n_in = side ** 2, hidden
+    total = 2 * places * 7 * 7 * tokenizer.config["in_channels"] * hidden
+    for group in range(groups):
+        n_out = hidden * 2 ** group
+        for _ in range(blocks):
+            narrow = n_out // 4
+            total += 2 * places * (9 * (n_in * narrow + 2 * narrow * narrow) + narrow * n_out + (n_in * n_out if n_in != n_out else 0))
+            n_in = n_out
+        places //= 4 if group < groups - 1 else 1
+    return total + 2 * places * n_in * tokenizer.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Bench:
+    """Rows to measure, name -> (function, how many of the unit a call does, unit, FLOPs a call or None)."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.precision = training.Precision(args.precision, device)
+        self.rows = {}
+
+    def add(self, name, function, count, unit, flops=None):
+        self.rows[name] = (function, count, unit, flops)
+
+    def once(self, function):
+        """Seconds of one call, with all that it started on the device."""
+        self.wait()
+        start = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self):
+        """Each row in turn, for so many rounds. Returns name -> dict of unit, median rate, spread (half the range over the median),
+        and, of rows with FLOPs, tflops."""
+        for name, (function, *_) in self.rows.items():
+            function()                                  # warm up, compile
+        seconds = {name: [] for name in self.rows}
+        for round in range(self.args.rounds):
+            for name, (function, *_) in self.rows.items():
+                training.say(f"\rround {round + 1} of {self.args.rounds}: {name:40}") if self.args.verbose else None
+                spent = []
+                while not spent or sum(spent) < self.args.seconds:
+                    spent.append(self.once(function))
+                seconds[name].append(statistics.median(spent))
+        table = {}
+        for name, (_, count, unit, flops) in self.rows.items():
+            rates = [count / s for s in seconds[name]]
+            rate = statistics.median(rates)
+            table[name] = {"unit": unit, "rate": rate, "spread": (max(rates) - min(rates)) / 2 / rate}
+            if flops:
+                table[name]["tflops"] = flops / count * rate / 1e12
+        return table
+
+
+def add_limits(bench, config, folder):
+    """This machine's own limits: matrix products as large as the model's, in the working precision; copying memory; decoding."""
+    tokens, D, dtype, device = bench.args.batch_size * (1 + config.grid[0] * config.grid[1]), config.dim, bench.precision.dtype, bench.device
+    x, wide = (torch.randn(tokens, width, device=device, dtype=dtype) for width in (D, 4 * D))
+    weights = [torch.randn(shape, device=device, dtype=dtype) for shape in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))]
+
+    def products():
+        for weight in weights:
+            torch.mm(x if weight.shape[0] == D else wide, weight)
+    bench.add("limit: matrix products", products, 1, "a second", sum(2 * tokens * w.numel() for w in weights))
+    source = torch.ones(2 ** 26 if device.type == "cpu" else 2 ** 28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    bench.add("limit: copying memory", lambda: target.copy_(source), 2 * source.numel() * 4 / 1e9, "GB/s")
+    bench.add("limit: decoding JPEGs, one core", on_one_core(lambda: [folder.image(i) for i in range(16)]), 16, "images/s")
+
+
+def on_one_core(function):
+    """The function as a loader's worker runs it: with one thread."""
+    def alone():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            function()
+        finally:
+            torch.set_num_threads(threads)
+    return alone
+
+
+def make_jpegs(folder):
+    """JPEG_COUNT pictures of JPEG_SIZE, about as hard to decode as photographs."""
+    rng = np.random.default_rng(0)
+    for i in range(JPEG_COUNT):
+        layers = [Image.fromarray(rng.integers(0, 256, (JPEG_SIZE[1] // s, JPEG_SIZE[0] // s, 3), dtype=np.uint8)).resize(JPEG_SIZE, Image.BICUBIC)
+                  for s in (100, 25, 6)]
+        picture = Image.blend(Image.blend(layers[0], layers[1], 0.4), layers[2], 0.25)
+        picture.save(Path(folder) / f"{i:03}.jpg", quality=87)
+    return data.Folder(data.image_paths(folder))
+
+
+def add_input(bench, config, side, folder):
+    """Masks, and the two views and the mask of pre-training from JPEGs."""
+    rng, num_masked = np.random.default_rng(0), int(0.4 * config.grid[0] * config.grid[1])
+    bench.add(f"masks, {config.grid[0]}x{config.grid[1]}", on_one_core(lambda: [blockwise_mask(config.grid, num_masked, rng) for _ in range(500)]),
+              500, "masks/s")
+    views = data.Views(folder, [config.image_hw[0], side], config.grid, num_masked=num_masked, masking="blockwise")
+    epochs = iter(range(10 ** 9))
+
+    def one_process():
+        epoch = next(epochs)
+        for i in range(16):
+            views[epoch, i]
+    bench.add("two views and a mask, one core", on_one_core(one_process), 16, "images/s")
+    for workers in bench.args.workers:
+        bench.add(f"the same, {workers} worker{'s' * (workers > 1)}", loading(views, workers), 4 * JPEG_COUNT, "images/s")
+
+
+def loading(views, workers):
+    """Take four epochs' worth of batches from a loader of so many workers, which stay alive between calls."""
+    class Keys:
+        def __len__(self):
+            return 4 * JPEG_COUNT // 16
+
+        def __iter__(self):
+            return iter([[(i, k) for k in range(16)] for i in range(len(self))])
+    loader = DataLoader(views, batch_sampler=Keys(), num_workers=workers, persistent_workers=True, prefetch_factor=4,
+                        collate_fn=data._collate, worker_init_fn=data._start_worker)
+    return lambda: [None for _ in loader]
+
+
+def add_models(bench, config, side):
+    """The tokenizer, the backbone, and the whole steps of pre-training and fine-tuning, on random images; with --compile each
+    also compiled. Returns what flop_counter counts beside the formulas: name -> (formula, counted), an image."""
+    args, device, precision, B = bench.args, bench.device, bench.precision, bench.args.batch_size
+    torch.manual_seed(0)
+    tokenizer = dvae.DiscreteVAE(**TOKENIZERS[args.model]).for_tokenizing(device, precision.dtype)
+    model, classifier = vit.MaskedImageModel(config, VOCAB).to(device).train(), vit.ImageClassifier(config, CLASSES).to(device).train()
+    classifier.checkpoint_blocks = model.checkpoint_blocks = args.checkpoint_blocks
+    rng, num_masked = np.random.default_rng(0), int(0.4 * config.grid[0] * config.grid[1])
+    mask = torch.from_numpy(np.stack([blockwise_mask(config.grid, num_masked, rng) for _ in range(B)]))
+    batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [mask, []]
+    settings = argparse.Namespace(predict="masked", patch_size=config.patch_size)
+    images, labels, on_device = data.to_float(batch[0].to(device)), torch.randint(0, CLASSES, (B,), device=device), mask.to(device)
+    token_images = data.to_float(batch[1].to(device))
+
+    per_image = {"tokenizer": tokenizer_flops(tokenizer, side), "backbone forward": backbone_flops(config),
+                 "backbone forward and backward": training_flops(config, 2 * num_masked * config.dim * VOCAB),
+                 "fine-tuning step": training_flops(config, 2 * config.dim * CLASSES)}
+    per_image["pre-training step"] = per_image["tokenizer"] + per_image["backbone forward and backward"]
+
+    def tokenize():
+        tokenizer.tokenize(token_images)
+    bench.add("tokenizer", tokenize, B, "images/s", B * per_image["tokenizer"])
+    for kind in ("", ", compiled") if args.compile else ("",):
+        networks = [torch.compile(one) if kind else one for one in (model, classifier)]
+        optimizers = [training.adamw(training.parameter_groups(one, 0.05)) for one in (model, classifier)]
+        for optimizer in optimizers:
+            training.set_lr(optimizer, 1e-6)
+
+        def forward(network=networks[0]):
+            with torch.no_grad(), precision.autocast():
+                network(images, on_device)
+
+        def forward_backward(network=networks[0]):
+            with precision.autocast():
+                outputs = network(images, on_device)
+            loss, _ = pretrain.loss_and_accuracy(outputs, torch.zeros(len(outputs), dtype=torch.int64, device=device))
+            precision.backward(loss)
+            model.zero_grad(set_to_none=True)
+
+        def pretraining(network=networks[0], optimizer=optimizers[0]):
+            pixels, hidden, predict, targets = pretrain.inputs_and_targets(batch, settings, tokenizer, precision, device)
+            with precision.autocast():
+                outputs = network(pixels, hidden, predict)
+            loss, _ = pretrain.loss_and_accuracy(outputs, targets)
+            precision.backward(loss)
+            precision.update(optimizer, 3.0)
+
+        def finetuning(network=networks[1], optimizer=optimizers[1]):
+            with precision.autocast():
+                logits = network(images)
+            precision.backward(finetune.loss_of(logits, labels, 0.1))
+            precision.update(optimizer, 0.0)
+        for name, function in (("backbone forward", forward), ("backbone forward and backward", forward_backward),
+                               ("pre-training step", pretraining), ("fine-tuning step", finetuning)):
+            bench.add(name + kind, function, B, "images/s", B * per_image[name])
+    return {name: (flops, counted(name, config, TOKENIZERS[args.model], side, num_masked)) for name, flops in per_image.items()
+            if name in ("tokenizer", "backbone forward and backward")}
+
+
+def counted(name, config, tokenizer_sizes, side, num_masked):
+    """FLOPs an image by torch.utils.flop_counter, without computing anything."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if name == "tokenizer":
+            dvae.DiscreteVAE(**tokenizer_sizes).encode(torch.zeros(1, 3, side, side))
+        else:
+            model = vit.MaskedImageModel(config, VOCAB)
+            h = vit.VisionTransformer.forward(model, torch.zeros(1, 3, *config.image_hw))[:, 1:]
+            model.lm_head(h[0, :num_masked]).sum().backward()
+    return counter.get_total_flops()
+
+
+def peak_memory(bench, function):
+    """Bytes that one call needs beyond what is there before it; on a CPU by Linux's high-water mark. None where it cannot be had."""
+    if bench.device.type == "cuda":
+        before = torch.cuda.memory_allocated(bench.device)
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        function()
+        return torch.cuda.max_memory_allocated(bench.device) - before
+    try:
+        status = Path("/proc/self/status")
+
+        def now(field):
+            return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+        Path("/proc/self/clear_refs").write_text("5")
+        before = now("VmRSS")
+        function()
+        return now("VmHWM") - before
+    except (OSError, StopIteration):
+        return None
+
+
+TOKENIZERS = {name: dict(vocab_size=VOCAB) for name in vit.PRESETS}        # DALL-E's size
+TOKENIZERS["demo"] = dict(vocab_size=VOCAB, **{name: dvae.PRESETS["demo"][name] for name in ("hidden", "groups", "blocks_per_group")})
+DEMO = vit.ViTConfig(**{name: value for name, value in pretrain.PRESETS["demo"].items() if name in vit.ViTConfig.__dataclass_fields__})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def scaling(bench, config):
+    """Under torchrun: images a second of the backbone's step by one process that has all this machine's cores (or one GPU), by
+    all processes together, and by them without exchanging gradients."""
+    args, device, precision, B = bench.args, bench.device, bench.precision, bench.args.batch_size
+    torch.manual_seed(0)
+    images = torch.rand(B, 3, *config.image_hw, device=device)
+    mask = torch.from_numpy(np.stack([blockwise_mask(config.grid, int(0.4 * config.grid[0] * config.grid[1]), np.random.default_rng(i))
+                                      for i in range(B)])).to(device)
+
+    def step_of(model, network, synchronise):
+        optimizer = training.adamw(training.parameter_groups(model, 0.05))
+
+        def step():
+            with nullcontext() if synchronise else network.no_sync():
+                with precision.autocast():
+                    outputs = network(images, mask)
+                loss, _ = pretrain.loss_and_accuracy(outputs, torch.zeros(len(outputs), dtype=torch.int64, device=device))
+                precision.backward(loss)
+            precision.update(optimizer, 3.0)
+        return step
+    model = vit.MaskedImageModel(config, VOCAB).to(device)
+    network = training.distribute(model, device)
+    alone, together, silent = step_of(model, model, True), step_of(model, network, True), step_of(model, network, False)
+    threads, seconds = torch.get_num_threads(), {"alone": [], "together": [], "silent": []}
+    for round in range(1 + args.rounds):
+        for name, step in (("alone", alone), ("together", together), ("silent", silent)):
+            dist.barrier()
+            if name == "alone":
+                torch.set_num_threads(threads * training.world_size() if device.type == "cpu" else threads)
+            spent = [bench.once(step) for _ in range(2)] if name != "alone" or training.rank() == 0 else [0.0]
+            torch.set_num_threads(threads)
+            slowest = torch.tensor([statistics.median(spent)], device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            if round:                                   # the first warms up
+                seconds[name].append(slowest.item())
+    K, (alone, together, silent) = training.world_size(), (statistics.median(seconds[name]) for name in ("alone", "together", "silent"))
+    return {"processes": K, "alone_images_per_second": B / alone, "together_images_per_second": K * B / together,
+            "scaling": K * alone / together if device.type == "cuda" else K * alone / together, "communication_share": max(0.0, 1 - silent / together)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+def machine(device):
+    """This machine in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cpu = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def print_table(table, memory):
+    limit = table["limit: matrix products"]["tflops"]
+    training.say(f"\n{'':42}{'median':>12}  {'unit':9} {'±':>4} {'TFLOP/s':>9} {'of limit':>9} {'memory':>9}")
+    for name, row in table.items():
+        tflops = f"{row['tflops']:9.3f} {row['tflops'] / limit:9.0%}" if "tflops" in row else " " * 19
+        used = f"{memory[name] / 2 ** 20:6.0f} MB" if memory.get(name) else ""
+        training.say(f"{name:42}{row['rate']:12,.1f}  {row['unit']:9} {row['spread']:4.0%} {tflops} {used}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):                           # argparse would print the usage before it
+        raise training.UserError(message.removeprefix("argument "))
+
+
+def main():
+    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", choices=["demo", *vit.PRESETS], default="base", help="size of the transformer (base)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step and process (16)")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="measure each model compiled, too")
+    parser.add_argument("--checkpoint-blocks", action="store_true", help="compute blocks again in the backward pass")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of loader processes to measure (1 2)")
+    parser.add_argument("--data", help="a folder of images to load; default: made-up JPEGs of 500x375")
+    parser.add_argument("--rounds", type=int, default=3, help="times that all rows are measured, in turn (3)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="a row is called at least so long in each round (1)")
+    parser.add_argument("--out", default="bench.json", help="where the figures go (bench.json)")
+    parser.add_argument("--verbose", action="store_true", help="say what is being measured")
+    try:
+        args = parser.parse_args()
+        for name in ("batch_size", "rounds"):
+            if getattr(args, name) < 1:
+                raise training.UserError(f"--{name.replace('_', '-')}: at least 1, not {getattr(args, name)}")
+        if any(workers < 1 for workers in args.workers):
+            raise training.UserError(f"--workers: at least 1 each, not {min(args.workers)}")
+        with training.processes(args) as device:
+            report(args, device)
+    except training.UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+def report(args, device):
+    bench, config = Bench(args, device), DEMO if args.model == "demo" else vit.PRESETS[args.model]
+    words = f"{machine(device)}; {args.model}, batch {args.batch_size}, {str(bench.precision.dtype).removeprefix('torch.')}"
+    training.say(words)
+    if training.world_size() > 1:
+        results = {"machine": words, "scaling": scaling(bench, config)}
+        training.say(training.in_words(results["scaling"]))
+        training.on_first_process(training.write_json, Path(args.out), results)
+        return
+    side = config.grid[0] * 2 ** (TOKENIZERS[args.model].get("groups", 4) - 1)
+    with tempfile.TemporaryDirectory() as made:
+        with training.naming_flags():
+            folder = data.open_images(args.data, "data", "train") if args.data else make_jpegs(made)
+        add_limits(bench, config, folder)
+        add_input(bench, config, side, folder)
+        flops = add_models(bench, config, side)
+        for name, (formula, counter) in flops.items():
+            training.say(f"{name}: {formula / 1e9:.2f} GFLOP an image by formula, {counter / 1e9:.2f} by torch.utils.flop_counter")
+        table = bench.measure()
+        memory = {name: peak_memory(bench, function) for name, (function, *_, flops_) in bench.rows.items() if flops_ and "limit" not in name}
+    print_table(table, memory)
+    training.write_json(Path(args.out), {
+        "machine": words, "rows": {name: {**row, **({"peak_memory_bytes": memory[name]} if memory.get(name) else {})} for name, row in table.items()},
+        "gflop_per_image": {name: {"formula": formula / 1e9, "counted": counter / 1e9} for name, (formula, counter) in flops.items()}})
+    training.say(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
