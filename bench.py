@@ -14,10 +14,13 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")          # the profiler's own messages
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -196,7 +199,7 @@ def add_models(bench, config, side):
     classifier.checkpoint_blocks = model.checkpoint_blocks = args.checkpoint_blocks
     rng, num_masked = np.random.default_rng(0), int(0.4 * config.grid[0] * config.grid[1])
     mask = torch.from_numpy(np.stack([blockwise_mask(config.grid, num_masked, rng) for _ in range(B)]))
-    batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [mask, []]
+    batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [torch.eye(3, 4).expand(B, 3, 4), mask, []]
     settings = argparse.Namespace(predict="masked", patch_size=config.patch_size)
     images, labels, on_device = data.to_float(batch[0].to(device)), torch.randint(0, CLASSES, (B,), device=device), mask.to(device)
     token_images = data.to_float(batch[1].to(device))
@@ -259,23 +262,16 @@ def counted(name, config, tokenizer_sizes, side, num_masked):
 
 
 def peak_memory(bench, function):
-    """Bytes that one call needs beyond what is there before it; on a CPU by Linux's high-water mark. None where it cannot be had."""
+    """Bytes of tensors that one call needs at a time, beyond those that are there before it."""
     if bench.device.type == "cuda":
         before = torch.cuda.memory_allocated(bench.device)
         torch.cuda.reset_peak_memory_stats(bench.device)
         function()
         return torch.cuda.max_memory_allocated(bench.device) - before
-    try:
-        status = Path("/proc/self/status")
-
-        def now(field):
-            return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
-        Path("/proc/self/clear_refs").write_text("5")
-        before = now("VmRSS")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
-        return now("VmHWM") - before
-    except (OSError, StopIteration):
-        return None
+    changes = [(event.start_ns(), event.nbytes()) for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return int(np.cumsum([size for _, size in sorted(changes)] or [0]).max())
 
 
 TOKENIZERS = {name: dict(vocab_size=VOCAB) for name in vit.PRESETS}        # DALL-E's size

@@ -106,6 +106,7 @@ DATASETS = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "
 FOLDERS = {"fashion-mnist": "FashionMNIST/raw (four unpacked files such as train-images-idx3-ubyte)",
            "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+ORIENTATION = 0x0112    # EXIF's tag
 HELD_OUT = 50    # of a folder without val/, every 50th image is kept from training
 
 
@@ -170,13 +171,14 @@ class Folder:
 
     def image(self, index):
         with Image.open(self.paths[index]) as file:
-            image = ImageOps.exif_transpose(file)
+            file.load()
+            image = ImageOps.exif_transpose(file) if file.getexif().get(ORIENTATION, 1) != 1 else file
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):      # 16-bit grey, which convert would cut at 255
                 image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return image.convert("RGB") if image.mode != "RGB" else image
 
     def name(self, index):
         return str(self.paths[index])
@@ -439,13 +441,14 @@ def read(source, index, what=lambda source, index: source.image(index)):
 class Views(Dataset):
     """For (epoch, index): the image for the patches, the same crop for the tokenizer, and a mask over the patch grid.
 
-    Training: one random resized crop, one flip, one colour jitter (brightness, contrast, saturation, in random order; after
-    the crop, so that it costs little), resized once for each view. Validation: the largest centred square, as it is.
+    Training: one random resized crop, resized once for each view, one flip, and one colour jitter, which is left to the device:
+    to_float applies it. Validation: the largest centred square, as it is.
 
     source      of open_images
     sizes       pixels a side of the two views: the patches', the tokenizer's
     grid, num_masked, masking    of the mask: "blockwise", "random" or "none"
-    Returns (uint8 (3, S, S), uint8 (3, T, T), bool (h, w), [] or [name of the unreadable image that another replaces]).
+    Returns (uint8 (3, S, S), uint8 (3, T, T), colours (3, 4), bool (h, w), [] or [name of the unreadable image that another
+    replaces]).
     """
 
     def __init__(self, source, sizes, grid, *, num_masked=0, masking="none", seed=0, train=True, crop_scale=0.08, jitter=0.4,
@@ -461,32 +464,45 @@ class Views(Dataset):
         epoch, index = key
         rng = np.random.default_rng([self.seed, int(self.train), epoch, index])
         image, _, unreadable = read(self.source, index)
-        views = self.views(image or Image.new("RGB", (self.sizes[0], self.sizes[0]), "grey"), rng)
+        views, colours = self.views(image or Image.new("RGB", (self.sizes[0], self.sizes[0]), "grey"), rng)
         if self.masking == "blockwise":
             mask = blockwise_mask(self.grid, self.num_masked, rng, **self.block_options)
         elif self.masking == "random":
             mask = random_mask(self.grid, self.num_masked, rng)
         else:
             mask = np.zeros(self.grid, dtype=bool)
-        views = [torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views]     # (3, S, S)
-        return *views, torch.from_numpy(mask), unreadable
+        return *views, colours, torch.from_numpy(mask), unreadable
 
     def views(self, image, rng):
+        """The crop of a PIL image for each of self.sizes, uint8 (3, size, size), and their colours (3, 4)."""
+        left, top, right, bottom = random_crop_box(*image.size, rng, (self.crop_scale, 1.0)) if self.train else centre_box(*image.size)
+        crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, top:bottom, left:right]
+        views = [F.resize(crop, [size, size], InterpolationMode.BICUBIC, antialias=True) for size in self.sizes]    # PIL takes three times as long
         if not self.train:
-            return [image.resize((size, size), Image.BICUBIC, box=centre_box(*image.size)) for size in self.sizes]
-        box = random_crop_box(*image.size, rng, (self.crop_scale, 1.0))
-        flip = rng.random() < 0.5
-        factors = rng.uniform(1 - self.jitter, 1 + self.jitter, 3)
-        order = rng.permutation(3)
-        views = []
-        for size in self.sizes:
-            view = image.resize((size, size), Image.BICUBIC, box=box)
-            if flip:
-                view = view.transpose(Image.FLIP_LEFT_RIGHT)
-            for i in order if self.jitter else ():
-                view = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](view, float(factors[i]))
-            views.append(view)
-        return views
+            return views, torch.eye(3, 4)
+        if rng.random() < 0.5:
+            views = [view.flip(2) for view in views]
+        return views, colour_jitter(views[-1].float().mean((1, 2)) / 255, rng, self.jitter)
+
+
+GREY_OF_RGB = torch.tensor([0.299, 0.587, 0.114])
+
+
+def colour_jitter(mean, rng, jitter):
+    """Brightness, contrast and saturation, each by a factor uniform in 1 - jitter ... 1 + jitter, in random order, as one affine
+    map of red, green and blue in [0, 1]: (3, 4), the last column added. mean (3,): the image's. Values are cut to [0, 1] after all
+    three, not after each."""
+    factors, order = rng.uniform(1 - jitter, 1 + jitter, 3).tolist(), rng.permutation(3).tolist()
+    colours = torch.eye(3, 4)
+    for i in order if jitter else ():
+        f = factors[i]
+        if i == 2:                                      # saturation: towards each pixel's own grey
+            colours = f * colours + (1 - f) * (GREY_OF_RGB @ colours)
+        else:                                           # brightness: towards black; contrast: towards the image's mean grey
+            grey = GREY_OF_RGB @ (colours[:, :3] @ mean + colours[:, 3]) if i == 1 else 0.0
+            colours = f * colours
+            colours[:, 3] += (1 - f) * grey
+    return colours
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,6 +640,10 @@ def _start_worker(_):
     os.setpgrp()    # Ctrl-C and torchrun signal the whole group: workers must live until the step has ended
 
 
-def to_float(images):
-    """uint8 -> float in [0, 1]."""
-    return images.float() / 255
+def to_float(images, colours=None):
+    """uint8 (B, 3, H, W) -> float in [0, 1], after each image's colours (B, 3, 4) of colour_jitter, if any."""
+    images = images.float() / 255
+    if colours is None:
+        return images
+    c = colours[..., None, None]                                       # (B, 3, 4, 1, 1)
+    return (c[:, :, 3] + sum(c[:, :, k] * images[:, k:k + 1] for k in range(3))).clamp_(0, 1)

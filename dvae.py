@@ -405,7 +405,7 @@ def evaluate(model, batches, temperatures, device, unreadable):
     """
     model.eval()
     counts, sums = torch.zeros(model.vocab_size, device=device), torch.zeros(2 + len(temperatures), device=device)
-    for view, _, bad in batches:
+    for view, *_, bad in batches:
         unreadable.warn(bad)
         images = data.to_float(view.to(device))
         tokens = model.tokenize(images)
@@ -448,8 +448,8 @@ def train(config, device):
     notes = run.restore(**parts)
     if run.start == 0 and config.init_codes:
         needed = math.ceil(2 * config.vocab_size * model.downsample ** 2 / config.image_size ** 2)
-        first = [views[0, i % len(source)][0] for i in range(needed)]
-        model.initialise_codes(data.to_float(torch.stack(first).to(device)))
+        view, colours, *_ = data.first_batch(views, needed, device)
+        model.initialise_codes(data.to_float(view.to(device), colours.to(device)))
         ema.module.load_state_dict(model.state_dict())
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     here = dict(rank=training.rank(), world_size=training.world_size())
@@ -466,8 +466,9 @@ def train(config, device):
         beta = training.cosine(step, config.kl_ramp * total, 0.0, config.kl_weight)
         sums, bad = torch.zeros(4, device=device), []
         for part in range(config.accumulate):
-            view, _, names = next(batches)
-            images = data.to_float(view.to(device, memory_format=torch.channels_last, non_blocking=True))
+            view, colours, _, names = next(batches)
+            view = view.to(device, memory_format=torch.channels_last, non_blocking=True)
+            images = data.to_float(view, colours.to(device, non_blocking=True))
             first = (part * here["world_size"] + here["rank"]) * len(images)    # its place in the global batch
             seeds = [training.draw_seed(config.seed, step, first + i) for i in range(len(images))]
             with training.only_last_part_communicates(network, part, config.accumulate):

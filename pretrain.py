@@ -169,11 +169,11 @@ def evaluate(model, batches, config, tokenizer, precision, device, unreadable):
 
 def inputs_and_targets(batch, config, tokenizer, precision, device):
     """images (B, 3, H, W), mask and predict (B, h, w) bool, and the targets of the M places to predict."""
-    images, *token_images, mask = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
-    images = data.to_float(images)
+    images, *token_images, colours, mask = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
+    images = data.to_float(images, colours)
     predict = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
-        targets = tokenizer.tokenize(data.to_float(token_images[0]))
+        targets = tokenizer.tokenize(data.to_float(token_images[0], colours))
     else:
         targets = patch_pixels(images, config)
     return images, mask, predict, targets[predict]                     # (M,) tokens or (M, C P P) pixels
@@ -184,8 +184,8 @@ def predictions(model, batch, config, tokenizer, device):
     """What draw_predictions shows, title -> (B, 3, ., .): the images, masked patches grey, the true tokens decoded (not with
     pixels as target), and the prediction, which keeps the truth where the model could see. With a tokenizer that has no
     decoder, the last two give way to the patches whose token the model saw or found."""
-    images, *token_images, mask = (tensor.to(device) for tensor in batch[:-1])
-    images = data.to_float(images)
+    images, *token_images, colours, mask = (tensor.to(device) for tensor in batch[:-1])
+    images = data.to_float(images, colours)
     outputs = model.eval()(images, mask, torch.ones_like(mask)).unflatten(0, mask.shape)                 # (B, h, w, V)
     shown = mask if config.predict == "masked" else torch.ones_like(mask)
 
@@ -196,7 +196,7 @@ def predictions(model, batch, config, tokenizer, device):
     if not tokenizer:
         pixels = torch.where(shown[..., None], outputs.float(), patch_pixels(images, config))
         return {**columns, "prediction": unpatch_pixels(pixels, config)}
-    tokens = tokenizer.tokenize(data.to_float(token_images[0]))
+    tokens = tokenizer.tokenize(data.to_float(token_images[0], colours))
     predicted = torch.where(shown, outputs.argmax(-1), tokens)
     if tokenizer.decoder is None:
         return {**columns, "right tokens": without(predicted != tokens)}

@@ -773,6 +773,7 @@ FLAGS = {
     "rollout": (dict(action="store_true"), "all layers together: attention rollout"),
     "compare": (dict(nargs="+", default=[], metavar="FILE"), "more models beside --init"),
     "runs": (dict(nargs="+", metavar="FOLDER"), "folders of runs; default: that of `pretrain.py` for --data"),
+    "dpi": (dict(type=int, default=100), "dots an inch; figures are about 11 inches wide (100)"),
     "out": (dict(metavar="FILE"), "the picture (runs/WHAT.png)"),
 }
 SOURCE = ("images", "data", "data-root", "first", "count")
@@ -795,12 +796,12 @@ def main():
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for what, function in FIGURES.items():
         command = commands.add_parser(what, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        for flag in (*TAKES[what], "out"):
+        for flag in (*TAKES[what], "dpi", "out"):
             how, text = FLAGS[flag]
             command.add_argument(f"--{flag}", **how, help=text)
     try:
         args = parser.parse_args()
-        for name in ("count", "codes", "size"):
+        for name in ("count", "codes", "size", "dpi"):
             if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 raise UserError(f"--{name}: at least 1, not {getattr(args, name)}")
         for name in ("first", "seed"):
@@ -813,7 +814,7 @@ def main():
         figure = FIGURES[args.what](args)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=100 if args.what != "attention" else 80)
+            figure.savefig(out, dpi=args.dpi)
         except OSError as error:
             raise UserError(f"--out: {error}") from None
         training.say(f"written to {out}")

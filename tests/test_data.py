@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
 import data
 from data import CorruptImages, Folder, GlobalBatches, Shapes, Views, held_out_batches, open_images
@@ -17,7 +18,7 @@ def views(source=None, **more):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3]))
+    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4]))
 
 
 # shapes --------------------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_corrupt_files_are_replaced_and_counted(tmp_path):
     Path(paths[3]).write_bytes(b"")
     Path(paths[4]).write_bytes(Path(paths[4]).read_bytes()[:60])
     folder = Views(Folder(paths), [16], (4, 4), train=False)
-    view, _, unreadable = folder[0, 3]
+    view, *_, unreadable = folder[0, 3]
     assert unreadable == [paths[3]] and torch.equal(view, folder[0, 5][0])    # the other is named in its own turn
     *_, names = next(iter(data._loader(folder, [[(0, 3), (0, 5), (0, 4)]], 0, CPU)))
     assert names == [paths[3], paths[4]]
@@ -208,7 +209,7 @@ def test_only_corrupt_files(tmp_path):
     fill(tmp_path, 3)
     for path in data.image_paths(tmp_path):
         Path(path).write_bytes(b"no image")
-    view, _, unreadable = Views(Folder(data.image_paths(tmp_path)), [16], (4, 4), train=False)[0, 0]
+    view, *_, unreadable = Views(Folder(data.image_paths(tmp_path)), [16], (4, 4), train=False)[0, 0]
     assert len(unreadable) == 1 and view.unique().numel() == 1
 
 
@@ -334,3 +335,60 @@ def test_a_broken_image_takes_its_label_along(tmp_path):
     source = data.LabelledFolder(tmp_path / "train")
     image, label, unreadable = data.Labelled(source, data.classification_transform(16, train=False))[0, 2]
     assert label == 1 and unreadable == [str(tmp_path / "train" / "a" / "2.png")]
+
+
+# colours -------------------------------------------------------------------------------------------------------------
+
+def draws(seed, jitter=0.4):
+    """What colour_jitter draws from a generator: (factors, order)."""
+    rng = np.random.default_rng(seed)
+    return rng.uniform(1 - jitter, 1 + jitter, 3).tolist(), rng.permutation(3).tolist()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_colour_jitter_is_torchvisions_where_nothing_is_cut(seed):
+    image = 0.35 + 0.2 * torch.rand(1, 3, 9, 7, generator=torch.Generator().manual_seed(seed))
+    factors, order = draws(seed)
+    expected = image[0]
+    for i in order:
+        expected = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](expected, factors[i])
+    colours = data.colour_jitter(image[0].mean((1, 2)), np.random.default_rng(seed), 0.4)
+    out = data.to_float(image * 255, colours[None])[0]                  # of floats, so that nothing is rounded
+    torch.testing.assert_close(out, expected, atol=2e-4, rtol=0)        # torchvision's grey weights have four digits
+
+
+def test_colour_jitter_keeps_the_moments_of_torchvisions():
+    """Cutting to [0, 1] once rather than after each operation changes the mean and the spread of pixels by less than 0.01."""
+    ours, theirs = [], []
+    for seed in range(200):
+        image = torch.from_numpy(data.render_scene("train", seed)[0]).permute(2, 0, 1)
+        factors, order = draws(seed)
+        expected = image
+        for i in order:
+            expected = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](expected, factors[i])
+        theirs.append(expected.float() / 255)
+        colours = data.colour_jitter(image.float().mean((1, 2)) / 255, np.random.default_rng(seed), 0.4)
+        ours.append(data.to_float(image[None], colours[None])[0])
+    ours, theirs = torch.stack(ours), torch.stack(theirs)
+    assert abs(ours.mean() - theirs.mean()) < 0.01 and abs(ours.std() - theirs.std()) < 0.01
+    assert (ours.mean((1, 2, 3)) - theirs.mean((1, 2, 3))).abs().max() < 0.03
+    assert (ours - theirs).abs().mean() < 0.01 and ours.std() != theirs.std()
+
+
+def test_no_jitter_changes_nothing():
+    image = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    colours = data.colour_jitter(torch.rand(3), np.random.default_rng(0), 0.0)
+    assert torch.equal(data.to_float(image, colours.expand(2, 3, 4)), data.to_float(image))
+    assert torch.equal(views(train=False)[0, 3][2], torch.eye(3, 4))
+
+
+def test_both_views_are_one_crop_resized_as_pil_does():
+    source = Shapes("train")
+    one = views(source=source, jitter=0.0)
+    for index in range(5):
+        large, small, *_ = one[2, index]
+        rng = np.random.default_rng([0, 1, 2, index])
+        box = data.random_crop_box(64, 64, rng, (0.08, 1.0))
+        for view, size in ((large, 32), (small, 16)):
+            expected = torch.from_numpy(np.array(source.image(index).crop(box).resize((size, size), Image.BICUBIC))).permute(2, 0, 1)
+            assert min((candidate.int() - expected.int()).abs().max() for candidate in (view, view.flip(2))) <= 1
