@@ -4,6 +4,7 @@ All rows are measured in one run, in turn, several times over: medians, and half
 Under torchrun also: what K processes do together, and how much of it is communication.
 """
 import argparse
+import copy
 import json
 import os
 import platform
@@ -201,7 +202,8 @@ def add_models(bench, config, side):
     mask = torch.from_numpy(np.stack([blockwise_mask(config.grid, num_masked, rng) for _ in range(B)]))
     batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [torch.eye(3, 4).expand(B, 3, 4), mask, []]
     settings = argparse.Namespace(predict="masked", patch_size=config.patch_size)
-    images, labels, on_device = data.to_float(batch[0].to(device)), torch.randint(0, CLASSES, (B,), device=device), mask.to(device)
+    images, labels = data.to_float(batch[0].to(device)), torch.randint(0, CLASSES, (B,), device=device)
+    on_device, places = mask.to(device), mask.flatten().nonzero()[:, 0].to(device)
     token_images = data.to_float(batch[1].to(device))
 
     per_image = {"tokenizer": tokenizer_flops(tokenizer, side), "backbone forward": backbone_flops(config),
@@ -209,10 +211,11 @@ def add_models(bench, config, side):
                  "fine-tuning step": training_flops(config, 2 * config.dim * CLASSES)}
     per_image["pre-training step"] = per_image["tokenizer"] + per_image["backbone forward and backward"]
 
-    def tokenize():
-        tokenizer.tokenize(token_images)
-    bench.add("tokenizer", tokenize, B, "images/s", B * per_image["tokenizer"])
     for kind in ("", ", compiled") if args.compile else ("",):
+        if kind:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.features = torch.compile(tokenizer.features)
+        bench.add("tokenizer" + kind, lambda tokenizer=tokenizer: tokenizer.tokenize(token_images), B, "images/s", B * per_image["tokenizer"])
         networks = [torch.compile(one) if kind else one for one in (model, classifier)]
         optimizers = [training.adamw(training.parameter_groups(one, 0.05)) for one in (model, classifier)]
         for optimizer in optimizers:
@@ -220,19 +223,19 @@ def add_models(bench, config, side):
 
         def forward(network=networks[0]):
             with torch.no_grad(), precision.autocast():
-                network(images, on_device)
+                network(images, on_device, places)
 
         def forward_backward(network=networks[0]):
             with precision.autocast():
-                outputs = network(images, on_device)
+                outputs = network(images, on_device, places)
             loss, _ = pretrain.loss_and_accuracy(outputs, torch.zeros(len(outputs), dtype=torch.int64, device=device))
             precision.backward(loss)
             model.zero_grad(set_to_none=True)
 
-        def pretraining(network=networks[0], optimizer=optimizers[0]):
-            pixels, hidden, predict, targets = pretrain.inputs_and_targets(batch, settings, tokenizer, precision, device)
+        def pretraining(network=networks[0], optimizer=optimizers[0], tokenizer=tokenizer):
+            pixels, hidden, places, targets = pretrain.inputs_and_targets(batch, settings, tokenizer, device)
             with precision.autocast():
-                outputs = network(pixels, hidden, predict)
+                outputs = network(pixels, hidden, places)
             loss, _ = pretrain.loss_and_accuracy(outputs, targets)
             precision.backward(loss)
             precision.update(optimizer, 3.0)

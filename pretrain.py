@@ -149,9 +149,9 @@ def evaluate(model, batches, config, tokenizer, precision, device, unreadable):
     sums, counts = torch.zeros(4, device=device), torch.zeros(tokenizer.vocab_size if tokenizer else 1, device=device)
     for batch in batches:
         unreadable.warn(batch[-1])
-        images, mask, predict, targets = inputs_and_targets(batch, config, tokenizer, precision, device)
+        images, mask, places, targets = inputs_and_targets(batch, config, tokenizer, device)
         with precision.autocast():
-            outputs = model(images, mask, predict)
+            outputs = model(images, mask, places)
         loss, accuracy = loss_and_accuracy(outputs, targets)
         if tokenizer:
             counts += torch.bincount(targets, minlength=tokenizer.vocab_size)
@@ -167,16 +167,17 @@ def evaluate(model, batches, config, tokenizer, precision, device, unreadable):
         "majority_accuracy": share.max().item()}
 
 
-def inputs_and_targets(batch, config, tokenizer, precision, device):
-    """images (B, 3, H, W), mask and predict (B, h, w) bool, and the targets of the M places to predict."""
-    images, *token_images, colours, mask = (tensor.to(device, non_blocking=True) for tensor in batch[:-1])
+def inputs_and_targets(batch, config, tokenizer, device):
+    """images (B, 3, H, W), mask (B, h, w) bool, the M places to predict, int64 into B h w, and their targets."""
+    predict = batch[-2] if config.predict == "masked" else torch.ones_like(batch[-2])
+    places = predict.flatten().nonzero()[:, 0]                         # on the CPU: for a GPU's answer one would have to wait
+    images, *token_images, colours, mask, places = (tensor.to(device, non_blocking=True) for tensor in (*batch[:-1], places))
     images = data.to_float(images, colours)
-    predict = mask if config.predict == "masked" else torch.ones_like(mask)
     if tokenizer:
-        targets = tokenizer.tokenize(data.to_float(token_images[0], colours))
+        targets = tokenizer.tokenize(data.to_float(token_images[0], colours))                            # (B, h, w)
     else:
-        targets = patch_pixels(images, config)
-    return images, mask, predict, targets[predict]                     # (M,) tokens or (M, C P P) pixels
+        targets = patch_pixels(images, config)                         # (B, h, w, C P P)
+    return images, mask, places, targets.flatten(0, 2)[places]         # (M,) tokens or (M, C P P) pixels
 
 
 @torch.no_grad()
@@ -271,6 +272,8 @@ def train(config, device):
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     notes = run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)
+    if tokenizer and config.compile:
+        tokenizer.features = torch.compile(tokenizer.features)
     here = dict(rank=training.rank(), world_size=training.world_size())
     views, val_views = make_views(config, source, held_out, token_size)
     batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
@@ -292,10 +295,10 @@ def train(config, device):
         sums, bad = torch.zeros(2, device=device), []
         for part in range(config.accumulate):
             batch = next(batches)
-            images, mask, predict, targets = inputs_and_targets(batch, config, tokenizer, precision, device)
+            images, mask, places, targets = inputs_and_targets(batch, config, tokenizer, device)
             with training.only_last_part_communicates(network, part, config.accumulate):
                 with precision.autocast():
-                    outputs = network(images, mask, predict)           # (M, V): the head sees predicted places only
+                    outputs = network(images, mask, places)            # (M, V): the head sees predicted places only
                 loss, accuracy = loss_and_accuracy(outputs, targets)
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, accuracy]).detach()

@@ -310,10 +310,13 @@ class MaskedImageModel(VisionTransformer):
         """images (B, C, H, W) in [0, 1]; mask (B, h, w) bool, True = hidden from the model.
 
         Returns logits (M, V) of the M places where predict (B, h, w) is True, row by row, image by image, the order of
-        tokens[predict]. predict=None predicts the masked places, and only there is the head computed.
+        tokens[predict]. predict=None predicts the masked places, and only there is the head computed. predict may also be the
+        places themselves, int64 (M,) into B h w: their number is known without waiting for a GPU, and compiles to one graph.
         """
-        h = super().forward(images, mask)[:, 1:]                       # (B, N, D), without [S]
-        return self.lm_head(h[(mask if predict is None else predict).flatten(1)])          # (M, D) -> (M, V)
+        h = super().forward(images, mask)[:, 1:].flatten(0, 1)         # (B N, D), without [S]
+        predict = mask if predict is None else predict
+        places = predict.flatten().nonzero()[:, 0] if predict.dtype == torch.bool else predict
+        return self.lm_head(h[places])                                 # (M, D) -> (M, V)
 
 
 class ImageClassifier(VisionTransformer):

@@ -194,3 +194,11 @@ def test_equals_the_dall_e_package():
         z = torch.nn.functional.one_hot(logits.argmax(1), 512).permute(0, 3, 1, 2).float()
         theirs = dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3]))
         torch.testing.assert_close(ours.decode(logits.argmax(1)), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_features_for_tokenizing_compile_to_one_graph():
+    torch.compiler.reset()
+    model, images = dvae.DiscreteVAE(vocab_size=30, hidden=8, groups=3, blocks_per_group=1).eval(), torch.rand(2, 3, 16, 16)
+    expected = model.tokenize(images)
+    model.features = torch.compile(model.features, fullgraph=True, backend="eager")
+    assert torch.equal(model.tokenize(images), expected)

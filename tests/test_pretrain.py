@@ -188,8 +188,9 @@ def one_batch(tokenizer, tmp_path, *flags):
     model, _, size = pretrain.open_tokenizer(config, len(source), 1)
     views, _ = pretrain.make_views(config, source, source, size)
     batch = next(iter(data.train_loader(views, config, CPU, start=0, stop=1, rank=0, world_size=1)))
-    _, mask, predict, targets = pretrain.inputs_and_targets(batch, config, model, training.Precision("fp32", CPU), CPU)
-    assert len(targets) == predict.sum() and mask.shape == (64, 8, 8)
+    _, mask, places, targets = pretrain.inputs_and_targets(batch, config, model, CPU)
+    predicted = mask if config.predict == "masked" else torch.ones_like(mask)
+    assert torch.equal(places, predicted.flatten().nonzero()[:, 0]) and len(targets) == len(places) and mask.shape == (64, 8, 8)
     return mask, targets
 
 

@@ -296,3 +296,34 @@ def test_equals_timm(position, layer_scale):
     images = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
     torch.testing.assert_close(ours(images), theirs.forward_features((images - mean) / std), atol=1e-5, rtol=1e-5)
+
+
+# compiled -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_training_compiles_to_one_graph_and_stays_compiled(position):
+    """fullgraph=True refuses any break; a second batch with other masks of as many patches compiles nothing anew."""
+    torch.compiler.reset()
+    model = MaskedImageModel(small(position, layer_scale=0.1, drop_path=0.2), vocab_size=30).train()
+    network, graphs = None, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    network = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(3):
+        images, order = torch.rand(2, 3, 32, 32), torch.rand(2, 16, generator=torch.Generator().manual_seed(seed)).argsort(1)
+        mask = (order < 6).view(2, 4, 4)
+        torch.manual_seed(seed)
+        compiled = network(images, mask, mask.flatten().nonzero()[:, 0])
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled, model(images, mask))
+        compiled.sum().backward()
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("head", [lambda config: vit.ImageClassifier(config, 5), lambda config: vit.SemanticSegmenter(config, 5, 32)])
+def test_fine_tuned_models_compile_to_one_graph(head):
+    torch.compiler.reset()
+    model, images = head(small("relative", layer_scale=0.1)).train(), torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(images), model(images))
