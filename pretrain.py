@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.profiler import record_function
 
 import data
 import dvae
@@ -174,7 +175,8 @@ def inputs_and_targets(batch, config, tokenizer, device):
     images, *token_images, colours, mask, places = (tensor.to(device, non_blocking=True) for tensor in (*batch[:-1], places))
     images = data.to_float(images, colours)
     if tokenizer:
-        targets = tokenizer.tokenize(data.to_float(token_images[0], colours))                            # (B, h, w)
+        with record_function("tokenizer"):
+            targets = tokenizer.tokenize(data.to_float(token_images[0], colours))                        # (B, h, w)
     else:
         targets = patch_pixels(images, config)                         # (B, h, w, C P P)
     return images, mask, places, targets.flatten(0, 2)[places]         # (M,) tokens or (M, C P P) pixels
@@ -276,7 +278,7 @@ def train(config, device):
         tokenizer.features = torch.compile(tokenizer.features)
     here = dict(rank=training.rank(), world_size=training.world_size())
     views, val_views = make_views(config, source, held_out, token_size)
-    batches = iter(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    batches = training.waiting_for(data.train_loader(views, config, device, start=run.start, stop=total, **here))
     unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
 
     def evaluation():

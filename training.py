@@ -4,6 +4,7 @@ and the folder of a run with its checkpoints and log. The loops themselves stand
 import argparse
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import profile, record_function
 from tqdm import tqdm
 
 
@@ -58,6 +60,7 @@ class RunConfig:
     device: str = "auto"    # auto (a GPU if there is one), cpu, cuda or cuda:N
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"    # auto: bf16 where the hardware multiplies it, else fp16 on a GPU, fp32 on a CPU
     compile: bool = False    # torch.compile the model
+    profile: bool = False    # show where the time of the fourth to eighth step goes
     log_every: int = 10    # steps between two lines of metrics.jsonl
     save_every: int = 1000    # steps between two checkpoints
 
@@ -83,7 +86,7 @@ class RunConfig:
                              f"{self.accumulate} accumulated parts; {math.ceil(self.batch_size / parts) * parts} would")
 
 
-NOT_THE_RUN = ("out", "fresh", "workers", "device", "data_root")    # fields that may change when a run is continued
+NOT_THE_RUN = ("out", "fresh", "workers", "device", "data_root", "profile")    # fields that may change when a run is continued
 
 
 def parse(Config, presets, argv=None, complete=None):
@@ -409,6 +412,40 @@ def choose_precision(name, device):
     return torch.bfloat16 if cpu.exists() and "amx_bf16" in cpu.read_text() else torch.float32
 
 
+PARTS_OF_A_STEP = ("data", "tokenizer", "forward", "backward", "optimizer", "communication")
+
+
+def in_profiles(label):
+    """Decorator: --profile shows the function's time under this label, one of PARTS_OF_A_STEP."""
+    def decorate(function):
+        @functools.wraps(function)
+        def labelled(*args, **kwargs):
+            with record_function(label):
+                return function(*args, **kwargs)
+        return labelled
+    return decorate
+
+
+def waiting_for(batches):
+    """Iterate over a loader; --profile shows the time it takes under "data"."""
+    return iter(in_profiles("data")(iter(batches).__next__), None)
+
+
+def where_time_goes(profiler, seconds):
+    """A table of a torch.profiler.profile over so many seconds: the parts of a step, and the costliest operations."""
+    averages = {event.key: event for event in profiler.key_averages()}
+    lines = [f"{'part of a step':24}{'seconds':>9}{'share':>7}{'GPU s':>9}"]
+    for label in PARTS_OF_A_STEP:
+        if label in averages:
+            spent, on_gpu = averages[label].cpu_time_total / 1e6, averages[label].device_time_total / 1e6
+            lines.append(f"{label:24}{spent:9.3f}{spent / seconds:7.0%}{on_gpu:9.3f}")
+    own = sorted((event for key, event in averages.items() if key not in PARTS_OF_A_STEP),
+                 key=lambda event: -max(event.self_cpu_time_total, event.self_device_time_total))
+    lines.append(f"{'operation':40}{'seconds':>9}{'GPU s':>9}{'calls':>8}")
+    lines += [f"{event.key[:39]:40}{event.self_cpu_time_total / 1e6:9.3f}{event.self_device_time_total / 1e6:9.3f}{event.count:8}" for event in own[:12]]
+    return "\n".join(lines)
+
+
 class Precision:
     """Autocast in one dtype, and the gradient scaler that float16 needs."""
 
@@ -416,12 +453,16 @@ class Precision:
         self.dtype, self.device = choose_precision(name, device), device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
+    @contextmanager
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), record_function("forward"):
+            yield
 
     def backward(self, loss):
-        self.scaler.scale(loss).backward()
+        with record_function("backward"):
+            self.scaler.scale(loss).backward()
 
+    @in_profiles("optimizer")
     def update(self, optimizer, clip_grad):
         """Clip the gradient to norm clip_grad (0 = leave it), step, zero the gradients. Returns the norm before clipping."""
         self.scaler.unscale_(optimizer)
@@ -556,9 +597,21 @@ class Run:
         """range over the steps to do, with a progress bar on the first process if that has a terminal."""
         self._bar = tqdm(range(self.start, self.steps), desc=label, initial=self.start, total=self.steps,
                          disable=rank() > 0 or not sys.stderr.isatty(), unit="step", leave=False)
-        self._since = (time.perf_counter(), self.start)
-        return self._bar
+        self._since, profiler = (time.perf_counter(), self.start), None
+        for step in self._bar:
+            if self.config.profile and step == self.start + 3:
+                os.environ.setdefault("KINETO_LOG_LEVEL", "5")      # on machines without a GPU it would warn of that
+                profiler = profile(acc_events=True)
+                profiler.start()
+                began = time.perf_counter()
+            yield step
+            if profiler and step == min(self.start + 7, self.steps - 1):
+                seconds = time.perf_counter() - began
+                profiler.stop()
+                say(where_time_goes(profiler, seconds))
+                profiler = None
 
+    @in_profiles("communication")
     def exchange(self, step, values, unreadable=()):
         """The one all-reduce of a step. Returns the means over processes of values (a vector; its first is the loss) as
         floats, and the names of unreadable images of all processes. Learns whether any process was told to stop.

@@ -266,3 +266,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     with pytest.raises(UserError, match=f"^step 5: the loss is {value}; .*last.pt") as error:
         run.exchange(5, torch.tensor([value, 1.0]))
     assert error.value.status == 1 and (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_profile_shows_the_parts_of_a_step(tmp_path, capsys):
+    config = training.parse(pretrain.Config, pretrain.PRESETS, ["--steps", "6", "--batch-size", "2", "--target", "pixels", "--profile", "--out", str(tmp_path / "run"),
+                                                               "--dim", "16", "--depth", "1", "--heads", "2"])
+    pretrain.train(config, torch.device("cpu"))
+    table = capsys.readouterr().out.split("part of a step")[1].splitlines()
+    shares = {line.split()[0]: float(line.split()[2].rstrip("%")) for line in table[1:6]}
+    assert set(shares) == {"data", "forward", "backward", "optimizer", "communication"} and 20 < sum(shares.values()) <= 101
+    assert json.loads((tmp_path / "run/result.json").read_text())["val_loss"] > 0
