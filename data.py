@@ -584,19 +584,22 @@ class GlobalBatches(Sampler):
     def __init__(self, images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1):
         self.images, self.batch_size, self.seed, self.start, self.stop = images, batch_size, seed, start, stop
         self.parts, self.rank, self.world_size = parts, rank, world_size
+        self.order, self.shuffled = None, None          # the permutation of an epoch, and which epoch's it is
 
     def __len__(self):
         return (self.stop - self.start) * self.parts
 
     def __iter__(self):
-        per_epoch, shuffled = self.images // self.batch_size, None
         for step in range(self.start, self.stop):
-            epoch, at = divmod(step, per_epoch)
-            if epoch != shuffled:
-                order, shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
-            batch = order[at * self.batch_size:(at + 1) * self.batch_size].reshape(self.parts, self.world_size, -1)
-            for part in range(self.parts):
-                yield [(epoch, int(index)) for index in batch[part, self.rank]]
+            yield from self.of_step(step)
+
+    def of_step(self, step):
+        """This process's batches of a step, one for each part."""
+        epoch, at = divmod(step, self.images // self.batch_size)
+        if epoch != self.shuffled:
+            self.order, self.shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
+        batch = self.order[at * self.batch_size:(at + 1) * self.batch_size].reshape(self.parts, self.world_size, -1)
+        return [[(epoch, int(index)) for index in part[self.rank]] for part in batch]
 
 
 def held_out_batches(images, batch_size, *, rank=0, world_size=1):

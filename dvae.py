@@ -453,7 +453,7 @@ def train(config, device):
         ema.module.load_state_dict(model.state_dict())
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     here = dict(rank=training.rank(), world_size=training.world_size())
-    batches = training.waiting_for(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    batches = run.batches(data.train_loader(views, config, device, start=run.start, stop=total, **here))
     unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
     channels_a_token = 3 * model.downsample ** 2                                # 192 in DALL-E
 

@@ -317,7 +317,7 @@ def train(config, device):
     unreadable = data.CorruptImages(len(views), training.say, notes.get("unreadable"))
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     here = dict(rank=training.rank(), world_size=training.world_size())
-    batches = training.waiting_for(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    batches = run.batches(data.train_loader(views, config, device, start=run.start, stop=total, **here))
     mix = mixing(config, len(classes))
     schedule = training.warmup_linear if config.task == "segmentation" else training.warmup_cosine
 

@@ -278,7 +278,7 @@ def train(config, device):
         tokenizer.features = torch.compile(tokenizer.features)
     here = dict(rank=training.rank(), world_size=training.world_size())
     views, val_views = make_views(config, source, held_out, token_size)
-    batches = training.waiting_for(data.train_loader(views, config, device, start=run.start, stop=total, **here))
+    batches = run.batches(data.train_loader(views, config, device, start=run.start, stop=total, **here))
     unreadable = data.CorruptImages(len(source), training.say, notes.get("unreadable"))
 
     def evaluation():

@@ -4,16 +4,20 @@ and the folder of a run with its checkpoints and log. The loops themselves stand
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import functools
 import inspect
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 import typing
+import weakref
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +307,14 @@ def all_sum(tensor):
     return tensor
 
 
+def from_all(value):
+    """The values of all processes, a list in order of rank."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def distribute(model, device):
     """Average gradients over processes (DistributedDataParallel), where there is more than one."""
     if world_size() == 1:
@@ -333,6 +345,9 @@ def run_script(Config, presets, train, complete=None):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -426,11 +441,6 @@ def in_profiles(label):
     return decorate
 
 
-def waiting_for(batches):
-    """Iterate over a loader; --profile shows the time it takes under "data"."""
-    return iter(in_profiles("data")(iter(batches).__next__), None)
-
-
 def where_time_goes(profiler, seconds):
     """A table of a torch.profiler.profile over so many seconds: the parts of a step, and the costliest operations."""
     averages = {event.key: event for event in profiler.key_averages()}
@@ -478,13 +488,23 @@ class Precision:
 # The folder of a run
 # ---------------------------------------------------------------------------------------------------------------------
 
-def write_atomically(path, write):
-    """write(file) into a file beside path, fsync, rename: path is either what it was or complete."""
+def write_atomically(path, write, keep=None):
+    """write(file) into a file beside path, fsync, rename: path is either what it was or complete. keep: what path was stays
+    under this name."""
     beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if keep and path.exists():
+        second_name = keep.with_name(keep.name + ".part")
+        second_name.unlink(missing_ok=True)
+        os.link(path, second_name)                      # so that path is never gone
+        os.replace(second_name, keep)
     os.replace(beside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
@@ -494,6 +514,19 @@ def write_atomically(path, write):
 def write_json(path, value):
     """write_atomically, for readable JSON."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def damage(path):
+    """What is wrong with a file of torch.save, by its structure and the checksums of its parts; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            return f"{broken} does not match its checksum"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # mmap: no more than the structure is read
+    except Exception as error:                          # zipfile and torch raise half a dozen kinds
+        return (str(error).splitlines() or [type(error).__name__])[0][:100]
+    return None
 
 
 def read_checkpoint(path, flag):
@@ -519,8 +552,33 @@ def read_tensors(path):
         raise UserError(f"--out: {path} cannot be read ({type(error).__name__}); remove it, and it is made again") from None
 
 
+def size_of(state):
+    """Bytes of all tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
+
+
+_in_use = weakref.WeakValueDictionary()    # a folder's inode -> the lock that this process holds on it
+
+
+class Lock:
+    """A run's folder in use by this process, which the system knows and forgets with the process. UserError if by another."""
+
+    def __init__(self, folder):
+        self.file = open(folder / "lock", "w")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: {folder} is in use by another process; wait for it, or name another --out") from None
+        except OSError:
+            pass                                        # a file system without locks
+
+
 class Run:
-    """The folder --out: config.json, metrics.jsonl, last.pt (all that is needed to continue), model.pt, result.json.
+    """The folder --out: config.json, metrics.jsonl, last.pt (all that is needed to continue), previous.pt (the one before),
+    model.pt, result.json.
 
     Opening it starts the run, continues it, finds it finished, or refuses (UserError) a folder of another configuration.
     All processes must see the same folder; only the first writes.
@@ -532,7 +590,7 @@ class Run:
         self.finished = on_first_process(self._open)
         self.start = 0
         self.told = 0                                   # the signal that a process of the run received
-        self._since, self._bar = (time.perf_counter(), 0), None
+        self._since, self._bar, self._order = (time.perf_counter(), 0), None, None
 
     def _open(self):
         mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
@@ -540,6 +598,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out: {self.folder} is a file; name a folder")
         if self.config.fresh and theirs_file.exists() and theirs_file.stat().st_size:
+            self._take()
             number = next(n for n in range(1, 10_000) if not self.folder.with_name(f"{self.folder.name}.old-{n}").exists())
             self.folder.rename(self.folder.with_name(f"{self.folder.name}.old-{number}"))
             say(f"{self.folder} set aside as {self.folder.name}.old-{number}")
@@ -553,22 +612,29 @@ class Run:
             if differ:
                 raise UserError(f"--out: {self.folder} holds a run with another {', '.join(sorted(differ))}; "
                                 f"name another --out, or set this one aside with --fresh")
-            return (self.folder / "result.json").exists()
+            finished = (self.folder / "result.json").exists()
+            if not finished:
+                self._take()
+            return finished
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(theirs_file, mine)
         except OSError as error:
             raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
+        self._take()
         return False
+
+    def _take(self):
+        inode = self.folder.stat().st_ino               # a folder's name changes when it is set aside
+        self._lock = _in_use[inode] = _in_use.get(inode) or Lock(self.folder)
 
     def restore(self, **parts):
         """Load last.pt, if there is one, into the parts (anything with load_state_dict), and cut the log back to it.
 
         Returns what save was given as notes, or {}.
         """
-        checkpoint = self.folder / "last.pt"
-        found = on_first_process(checkpoint.exists)
-        if not found:
+        checkpoint = on_first_process(self._newest_intact)
+        if not checkpoint:
             on_first_process(self._cut_log, 0)
             return {}
         state = read_checkpoint(checkpoint, "--out")
@@ -579,6 +645,22 @@ class Run:
         on_first_process(self._cut_log, self.start)
         say(f"continuing {self.folder} after step {self.start} of {self.steps}")
         return state["notes"]
+
+    def _newest_intact(self):
+        """last.pt, or if that is damaged previous.pt, or None if neither is there."""
+        damaged = []
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            wrong = damage(path) if path.exists() else "is not there"
+            if not wrong:
+                if damaged:
+                    say(f"warning: {damaged[0]}; it is set aside as last.pt.damaged, and {path} is used")
+                    os.replace(self.folder / "last.pt", self.folder / "last.pt.damaged")
+                return path
+            if path.exists():
+                damaged.append(f"{path} is damaged ({wrong})")
+        if damaged:
+            raise UserError(f"--out: {' and '.join(damaged)}; put back a copy of one, or start over with --fresh")
+        return None
 
     def _cut_log(self, step):
         """Drop what was logged after the checkpoint, or half written: those steps come again."""
@@ -592,6 +674,11 @@ class Run:
                 except (ValueError, KeyError):
                     break
             write_atomically(log, lambda file: file.write("".join(lines).encode()))
+
+    def batches(self, loader):
+        """An iterator over a data.train_loader; --profile shows the time it takes under "data"."""
+        self._order = loader.batch_sampler
+        return iter(in_profiles("data")(iter(loader).__next__), None)
 
     def progress(self, label):
         """range over the steps to do, with a progress bar on the first process if that has a terminal."""
@@ -625,13 +712,14 @@ class Run:
         self.told = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         if not math.isfinite(means[0]):
             last = self.folder / "last.pt"
-            raise UserError(f"step {step}: the loss is {means[0]}; "
+            samples = [index for part in self._order.of_step(step - 1) for _, index in part] if self._order else []
+            places = [f"rank {r} (samples {', '.join(map(str, some[:16]))}{' ...' if len(some) > 16 else ''})"
+                      for r, (finite, some) in enumerate(from_all((math.isfinite(float(values[0])), samples))) if not finite]
+            raise UserError(f"step {step}: the loss is {means[0]}, on {' and '.join(places)}; "
                             f"{f'{last} is the checkpoint before it' if last.exists() else 'there was no checkpoint before it'}; "
                             f"try a lower --lr, or --precision bf16 or fp32", status=1)
-        if bad and dist.is_initialized():
-            everyone = [None] * world_size()
-            dist.all_gather_object(everyone, list(unreadable))
-            unreadable = [name for names in everyone for name in names]
+        if bad:
+            unreadable = [name for names in from_all(list(unreadable)) for name in names]
         return means, list(unreadable)
 
     def log(self, step, **values):
@@ -665,10 +753,17 @@ class Run:
             os.kill(os.getpid(), self.told)
 
     def save(self, step, *, notes=None, **parts):
-        """last.pt, from the parts' state_dicts."""
+        """last.pt, from the parts' state_dicts; the one before it becomes previous.pt. UserError where that cannot be written."""
         if rank() == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            write_atomically(self.folder / "last.pt", lambda file: torch.save({"step": step, "notes": notes or {}, **state}, file))
+            state = {"step": step, "notes": notes or {}, **{name: part.state_dict() for name, part in parts.items()}}
+            last = self.folder / "last.pt"
+            try:
+                write_atomically(last, lambda file: torch.save(state, file), keep=self.folder / "previous.pt")
+            except (OSError, RuntimeError) as error:    # torch.save turns some errors of the disk into RuntimeErrors
+                kept = f"{last}, of an earlier step, is as it was" if last.exists() else "there was none before it"
+                raise UserError(f"--out: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): it needs "
+                                f"{size_of(state) / 2 ** 20:,.1f} MB, {shutil.disk_usage(self.folder).free / 2 ** 20:,.1f} MB are free; {kept}",
+                                status=1) from None
 
     def finish(self, model, config, **result):
         """model.pt (weights and the model's config, what --init and --tokenizer take) and result.json: the run is finished."""

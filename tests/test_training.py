@@ -3,13 +3,17 @@ import json
 import math
 import os
 import pickle
+import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import data
 import dvae
 import pretrain
 import training
@@ -263,9 +267,92 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     run = open_run(tmp_path)
     run.save(3, model=nn.Linear(2, 2))
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=f"^step 5: the loss is {value}; .*last.pt") as error:
+    with pytest.raises(UserError, match=f"^step 5: the loss is {value}, on rank 0 .*last.pt") as error:
         run.exchange(5, torch.tensor([value, 1.0]))
     assert error.value.status == 1 and (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_the_samples_of_a_bad_loss_are_named(tmp_path):
+    run = open_run(tmp_path)
+    order = data.GlobalBatches(40, 4, seed=0, start=0, stop=20)
+    run.batches(torch.utils.data.DataLoader(range(40), batch_sampler=order))
+    names = ", ".join(str(index) for _, index in list(order)[12])
+    with pytest.raises(UserError, match=f"step 13: the loss is nan, on rank 0 .samples {names}.; "):
+        run.exchange(13, torch.tensor([math.nan]))
+
+
+# damaged and missing checkpoints, a folder that two runs want ---------------------------------------------------------
+
+def saved_twice(tmp_path):
+    """A run's folder with checkpoints of steps 1 (weights 1) and 2 (weights 2)."""
+    run, model = open_run(tmp_path), nn.Linear(64, 64)
+    for step in (1, 2):
+        nn.init.constant_(model.weight, step)
+        run.save(step, model=model)
+    return run
+
+
+HURT = {"truncated": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "zeroed": lambda b: bytes(len(b)),
+        "a bit flipped": lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 4]) + b[len(b) // 2 + 1:]}
+
+
+@pytest.mark.parametrize("how", HURT)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, capsys):
+    saved_twice(tmp_path)
+    last, model = tmp_path / "last.pt", nn.Linear(64, 64)
+    last.write_bytes(HURT[how](last.read_bytes()))
+    run = open_run(tmp_path)
+    run.restore(model=model)
+    assert run.start == 1 and (model.weight == 1).all() and "last.pt is damaged" in capsys.readouterr().out
+    run.save(3, model=model)                                            # the damaged one does not become previous.pt
+    assert torch.load(tmp_path / "previous.pt")["step"] == 1 and torch.load(last)["step"] == 3
+
+
+def test_a_flip_of_any_bit_is_found_or_harmless(tmp_path):
+    saved_twice(tmp_path)
+    path, rng = tmp_path / "last.pt", random.Random(0)
+    whole, expected = path.read_bytes(), torch.load(path)["model"]["weight"]
+    for _ in range(100):
+        at = rng.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+        assert training.damage(path) or torch.equal(torch.load(path)["model"]["weight"], expected), at
+
+
+def test_two_damaged_checkpoints_are_an_error_and_stay(tmp_path):
+    saved_twice(tmp_path)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(UserError, match="last.pt is damaged .* and .*previous.pt is damaged .*--fresh"):
+        open_run(tmp_path).restore(model=nn.Linear(64, 64))
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "previous.pt").read_bytes() == b"nothing"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    run = saved_twice(tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint of step 3 could not be written .*No space.* needs 0.0 MB, [\d,.]+ MB are free; .*last.pt") as error:
+        run.save(3, model=nn.Linear(64, 64))
+    assert error.value.status == 1 and (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_in_use_is_refused_and_a_crash_frees_it(tmp_path):
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from training import Lock; from pathlib import Path; "
+            "lock = Lock(Path(sys.argv[2])); print('held', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match="--out: .* is in use by another process"):
+            open_run(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    first = open_run(tmp_path)
+    assert open_run(tmp_path)._lock is first._lock                      # the process itself may open it again
 
 
 def test_profile_shows_the_parts_of_a_step(tmp_path, capsys):
