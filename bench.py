@@ -5,11 +5,9 @@ Under torchrun also: what K processes do together, and how much of it is communi
 """
 import argparse
 import copy
-import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -348,13 +346,8 @@ def print_table(table, memory):
         training.say(f"{name:42}{row['rate']:12,.1f}  {row['unit']:9} {row['spread']:4.0%} {tflops} {used}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):                           # argparse would print the usage before it
-        raise training.UserError(message.removeprefix("argument "))
-
-
 def main():
-    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = training.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=["demo", *vit.PRESETS], default="base", help="size of the transformer (base)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step and process (16)")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
@@ -367,7 +360,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1.0, help="a row is called at least so long in each round (1)")
     parser.add_argument("--out", default="bench.json", help="where the figures go (bench.json)")
     parser.add_argument("--verbose", action="store_true", help="say what is being measured")
-    try:
+    with training.one_line_errors():
         args = parser.parse_args()
         for name in ("batch_size", "rounds"):
             if getattr(args, name) < 1:
@@ -376,10 +369,6 @@ def main():
             raise training.UserError(f"--workers: at least 1 each, not {min(args.workers)}")
         with training.processes(args) as device:
             report(args, device)
-    except training.UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"bench.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.status)
 
 
 def report(args, device):

@@ -148,18 +148,21 @@ def build(Config, values):
         return Config(**values)
 
 
-def _parser(Config, presets):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):                       # argparse would print the whole usage before it
-            unknown = re.match(r"unrecognized arguments: (\S+)", message)
-            if unknown:
-                near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
-                message = f"{unknown[1]}: no such flag" + (f"; {near[0]}?" if near else "; --help lists them")
-            kind = re.match(r"argument (\S+): invalid (int|float) value: '(.*)'", message)
-            if kind:
-                message = f"{kind[1]}: {'a whole number' if kind[2] == 'int' else 'a number'}, not {kind[3]}"
-            raise UserError(message.removeprefix("argument "))
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one line: UserError."""
 
+    def error(self, message):                       # argparse would print the whole usage before it
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1].split("=")[0], self._option_string_actions, n=1)
+            message = f"{unknown[1]}: no such flag" + (f"; {near[0]}?" if near else "; --help lists them")
+        kind = re.match(r"argument (\S+): invalid (int|float) value: '(.*)'", message)
+        if kind:
+            message = f"{kind[1]}: {'a whole number' if kind[2] == 'int' else 'a number'}, not {kind[3]}"
+        raise UserError(message.removeprefix("argument "))
+
+
+def _parser(Config, presets):
     first_line = sys.modules[Config.__module__].__doc__.strip().split("\n\n")[0]
     parser = Parser(usage="%(prog)s [flags]", description=first_line, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     hints = typing.get_type_hints(Config)
@@ -333,23 +336,30 @@ def only_last_part_communicates(model, part, parts):
         yield
 
 
-def run_script(Config, presets, train, complete=None):
-    """A script's main: parse the command line, join the other processes, train(config, device). A UserError becomes one line
-    on stderr and its exit status."""
+@contextmanager
+def one_line_errors():
+    """For a script's main: a UserError or an error of the disk becomes one line on stderr, and its exit status."""
+    script = Path(sys.argv[0]).name
     try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:
+        print(f"{script}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def run_script(Config, presets, train, complete=None):
+    """A script's main: parse the command line, join the other processes, train(config, device)."""
+    with one_line_errors():
         config = parse(Config, presets, complete=complete)
         show(config)
         with processes(config) as device:
             train(config, device)
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.status)
-    except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import data
-import dvae
-import pretrain
 import training
 import vit
 import weights
@@ -227,7 +224,7 @@ def figure_attention(image, attention, references, grid, title=None):
     each head (with one head, that alone). Each map is scaled to its own largest value away from the reference patch.
     """
     heads, (H, W) = len(attention), image.shape[-2:]
-    titles = ["attention"] if heads == 1 else ["mean", "largest", *(f"head {i + 1}" for i in range(heads))]
+    titles = ["attention"] if heads == 1 else ["mean of heads", "largest of heads", *(f"head {i + 1}" for i in range(heads))]
     wide = min(1 + len(titles), 8)
     lines = math.ceil((1 + len(titles)) / wide)
     side = 11 / wide
@@ -474,7 +471,10 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
         axes[0][2].axvline(column * W / grid[1] - 0.5, color="white", linewidth=2)
     show(axes[0][4], hide(crop, mask), f"{int(mask.sum())} of them masked")
     show(axes[0][6], torch.where(mask, token_colours(predicted), white), "predicted tokens")
-    draw_cells(axes[0][6], (predicted == tokens) & mask, grid, edgecolor="black", linewidth=1.5)
+    for colour, width in (("black", 3), ("white", 1.2)):               # to be seen on any colour
+        draw_cells(axes[0][6], (predicted == tokens) & mask, grid, edgecolor=colour, linewidth=width)
+    for axis in (axes[0][6], axes[1][4]):
+        draw_cells(axis, np.ones((1, 1)), grid, edgecolor="grey", linewidth=1)
     show(axes[0][8], decoded_prediction, "decoded, with the\ntrue tokens around")
     axes[0][0].set_ylabel("patches (Vision Transformer)", fontsize=9)
 
@@ -489,7 +489,7 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
     for row, column, words in ((0, 1, "cut"), (0, 3, "mask"), (0, 5, "ViT,\nsoftmax"), (0, 7, "dVAE\ndecoder"), (1, 1, "dVAE\nencoder"),
                                (1, 3, "mask"), (1, 5, "")):
         arrow(row, column, words)
-    axes[1][6].annotate("", xy=(0.5, 1.22), xytext=(0.5, 0.95), xycoords="axes fraction", arrowprops=dict(arrowstyle="<|-|>", lw=1.3))
+    axes[1][6].annotate("", xy=(0.5, 0.78), xytext=(0.5, 1.22), xycoords="axes fraction", arrowprops=dict(arrowstyle="-|>", lw=1.3))
     return figure
 
 
@@ -786,20 +786,15 @@ TAKES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):                           # argparse would print the usage before it
-        raise UserError(message.removeprefix("argument "))
-
-
 def main():
-    parser = _Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = training.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for what, function in FIGURES.items():
         command = commands.add_parser(what, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
         for flag in (*TAKES[what], "dpi", "out"):
             how, text = FLAGS[flag]
             command.add_argument(f"--{flag}", **how, help=text)
-    try:
+    with training.one_line_errors():
         args = parser.parse_args()
         for name in ("count", "codes", "size", "dpi"):
             if getattr(args, name, None) is not None and getattr(args, name) < 1:
@@ -812,15 +807,9 @@ def main():
         if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
             raise UserError(f"--out: a file that ends in .png, .pdf, .svg or .jpg, not {out}")
         figure = FIGURES[args.what](args)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=args.dpi)
-        except OSError as error:
-            raise UserError(f"--out: {error}") from None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=args.dpi)
         training.say(f"written to {out}")
-    except UserError as error:
-        print(f"visualize.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.status)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@
 A checkpoint is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
 inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
-import argparse
 import collections
 import json
 import math
 import pickle
 import re
-import sys
 import types
 import warnings
 import zipfile
@@ -21,7 +19,7 @@ import torch
 
 import dvae
 import vit
-from training import UserError, say, write_atomically, write_json
+from training import Parser, UserError, one_line_errors, say, write_atomically, write_json
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 
@@ -560,29 +558,24 @@ def describe(path, info, model):
         say(f"left out    {len(info['dropped'])} tensors of another decoder, {info['dropped'][0]} first")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):                           # argparse would print the usage before it
-        raise ValueError(message.removeprefix("argument "))
-
-
 def main():
-    parser = _Parser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
+    parser = Parser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
     parser.add_argument("file", help="of ours, the released BEiT, timm or Hugging Face (.pt, .pth, .bin, .safetensors)")
     parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"), help="huggingface FOLDER, timm FILE or beit FILE")
-    try:
+    with one_line_errors():
         args = parser.parse_args()
         savers = {"huggingface": save_huggingface, "timm": save_timm, "beit": save_beit}
         if args.to and args.to[0] not in savers:
-            raise ValueError(f"--to: huggingface, timm or beit, not {args.to[0]}")
-        model, info = build(args.file)
-        describe(args.file, info, model)
-        if args.to:
-            more = {"classes": info["classes"]} if args.to[0] == "huggingface" else {}
-            savers[args.to[0]](model, args.to[1], **more)
-            say(f"written to {args.to[1]}, for {args.to[0]}")
-    except (ValueError, OSError) as error:
-        print(f"weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+            raise UserError(f"--to: huggingface, timm or beit, not {args.to[0]}")
+        try:
+            model, info = build(args.file)
+            describe(args.file, info, model)
+            if args.to:
+                more = {"classes": info["classes"]} if args.to[0] == "huggingface" else {}
+                savers[args.to[0]](model, args.to[1], **more)
+                say(f"written to {args.to[1]}, for {args.to[0]}")
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -392,3 +392,26 @@ def test_both_views_are_one_crop_resized_as_pil_does():
         for view, size in ((large, 32), (small, 16)):
             expected = torch.from_numpy(np.array(source.image(index).crop(box).resize((size, size), Image.BICUBIC))).permute(2, 0, 1)
             assert min((candidate.int() - expected.int()).abs().max() for candidate in (view, view.flip(2))) <= 1
+
+
+def test_a_large_jpeg_is_decoded_at_the_size_that_its_crop_needs(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((1600, 1200), Image.BICUBIC)
+    turned = picture.getexif()
+    turned[0x0112] = 6                                                  # to be turned by a quarter
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "b.jpg", quality=95, exif=turned)
+    picture.save(tmp_path / "c.png")
+    source = Folder(data.image_paths(tmp_path))
+    assert [source.image(i, lambda w, h: (w // 4, h // 4)).size for i in range(3)] == [(400, 300), (300, 400), (1600, 1200)]
+    assert source.image(0, lambda w, h: (w // 4 + 1, h // 4)).size == (800, 600)
+    for index in range(3):
+        for epoch in range(4):
+            fast = Views(source, [32, 16], (4, 4), jitter=0.0)[epoch, index]
+            with monkeypatch.context() as patch:
+                patch.setattr(Image.Image, "draft", lambda *_: None)
+                patch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: None)
+                slow = Views(source, [32, 16], (4, 4), jitter=0.0)[epoch, index]
+            for one, other in zip(fast[:2], slow[:2]):
+                difference = (one.float() - other.float()).abs()
+                assert difference.mean() < 1.5 and difference.max() < 24, (index, epoch)

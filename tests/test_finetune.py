@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -140,7 +139,7 @@ def test_a_classifier_initialises_other_tasks(pretrained, tmp_path, capsys):
     torch.testing.assert_close(model.norm.weight, state["fc_norm.weight"])
 
 
-def test_evaluation_counts_each_image_once(pretrained, tmp_path):
+def test_evaluation_counts_each_image_once(pretrained, tmp_path, monkeypatch):
     """One process and three, and batches that do not divide the images."""
     run(tmp_path / "a", "--init", pretrained, "--steps", "2")
     script = ("import sys, torch, data, finetune, training, json\n"
@@ -152,14 +151,16 @@ def test_evaluation_counts_each_image_once(pretrained, tmp_path):
               "    model = finetune.build_model(config, views.source.classes)\n"
               "    report = finetune.evaluate(model, views, config, training.Precision('fp32', device), device, data.CorruptImages(47, print))\n"
               "    training.say('REPORT', json.dumps(report))\n")
-    reports = []
-    for processes in (1, 3):
-        command = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"] if processes == 3 else [])
-        (tmp_path / "script.py").write_text(script)
-        done = subprocess.run([*command, str(tmp_path / "script.py"), "--eval", "--out", str(tmp_path / "a"), "--batch-size", "12"],
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(done.stdout.split("REPORT ")[1]))
+    (tmp_path / "script.py").write_text(script)
+    flags = ["--eval", "--out", str(tmp_path / "a"), "--batch-size", "12"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(tmp_path / "script.py"), *flags],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 47)
+    config = training.parse(finetune.Config, finetune.PRESETS, flags, finetune.complete)
+    views = finetune.open_views(config)[1]
+    alone = finetune.evaluate(finetune.build_model(config, views.source.classes), views, config, FP32, CPU, data.CorruptImages(47, print))
+    reports = [alone, json.loads(done.stdout.split("REPORT ")[1])]
     assert reports[0]["top1"] == reports[1]["top1"] and reports[0]["top5"] == reports[1]["top5"]
     assert (reports[0]["top1"] * 47) == pytest.approx(round(reports[0]["top1"] * 47))
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-6)

@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import data
@@ -152,7 +151,7 @@ def test_baselines_by_hand(tokenizer, tmp_path, monkeypatch):
         model.lm_head.weight.zero_()
         model.lm_head.bias.fill_(-1e9)
         model.lm_head.bias[[3, 7, 9]] = torch.tensor([0.5, 0.25, 0.25]).log()
-    batch = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.ones(2, 4, 4, dtype=torch.bool), [])
+    batch = (*(torch.zeros(2, 3, side, side, dtype=torch.uint8) for side in (32, 16)), torch.eye(3, 4).expand(2, 3, 4), torch.ones(2, 4, 4, dtype=torch.bool), [])
     report, baselines = pretrain.evaluate(model, [batch, batch], config, weights.load_tokenizer(tokenizer), training.Precision("fp32", CPU), CPU, data.CorruptImages(1, print))
     entropy = 1.5 * math.log(2)
     assert report["val_loss"] == pytest.approx(entropy) and report["val_accuracy"] == 0.5
@@ -314,18 +313,26 @@ def test_token_grids_that_do_not_match(tokenizer, tmp_path):
     (["--data", "fashion-mnist", "--data-root", "/absent"], "--data-root: /absent has no"),
     (["--tokenizer", "/absent"], "--tokenizer: /absent does not exist"), (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
 ])
-def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message):
-    process = start("--out", tmp_path / "out", *flags)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.startswith(f"pretrain.py: error: {message}") and err.count("\n") == 1
+def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as end:
+        pretrain.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith(f"pretrain.py: error: {message}") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_ends_the_program_without_a_traceback(tmp_path):
+    process = start("--out", tmp_path / "out", "--batch-size", "0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err == "pretrain.py: error: --batch-size: at least 1, not 0\n" and not (tmp_path / "out").exists()
 
 
 # processes and signals -----------------------------------------------------------------------------------------------
 
 def one_and_two_processes(out, *flags):
-    for processes in (1, 2):
-        process = start("--out", out / str(processes), *SMALL, *flags, processes=processes)
+    started = [start("--out", out / str(processes), *SMALL, *flags, processes=processes) for processes in (1, 2)]
+    for process in started:
         printed = process.communicate(timeout=240)
         assert process.returncode == 0, printed
     return out / "1", out / "2"
@@ -347,12 +354,12 @@ def test_two_processes_do_the_whole_job(tmp_path):
 
 def test_kill_and_continue(tokenizer, tmp_path):
     flags = [*SMALL, "--tokenizer", tokenizer, "--steps", "60", "--drop-path", "0.2"]
+    undisturbed = start("--out", tmp_path / "whole", *flags)
     process = start("--out", tmp_path / "killed", *flags)
     wait_for_step(process, tmp_path / "killed", 10)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    for out in ("killed", "whole"):
-        process = start("--out", tmp_path / out, *flags)
+    for process in (start("--out", tmp_path / "killed", *flags), undisturbed):
         assert process.wait(timeout=120) == 0, process.communicate()
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
 

@@ -14,7 +14,6 @@ from PIL import Image
 import data
 import dvae
 import masking
-import training
 import visualize
 import vit
 
@@ -177,7 +176,7 @@ def test_a_figure_has_mean_largest_and_each_head():
     maps = torch.stack([moved((2, 2), (0, 1)), moved((2, 2), (1, 0))])
     figure = visualize.figure_attention(torch.rand(3, 8, 8), maps, [(0, 0)], (2, 2), "title")
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["patch 0,0", "mean", "largest", "head 1", "head 2"]
+    assert titles == ["patch 0,0", "mean of heads", "largest of heads", "head 1", "head 2"]
     mean, largest = (figure.axes[i].images[1].get_array() for i in (1, 2))
     assert mean.tolist() == [[0, 0.5], [0.5, 0]] and largest.tolist() == [[0, 1], [1, 0]]
 
