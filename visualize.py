@@ -316,15 +316,15 @@ def object_attention(maps, cover, near=None):
 
 def figure_object_attention(ratios):
     """ratios: title of a panel -> {label of a model: (L,)}."""
-    figure = Figure(figsize=(4.6 * len(ratios) + 0.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(ratios) + 0.4, 3.9), layout="constrained")
     panels = figure.subplots(1, len(ratios), squeeze=False, sharey=True)[0]
     for axis, (title, lines) in zip(panels, ratios.items()):
         for (label, values), style in zip(lines.items(), ("o-", "s--", "^:", "D-.", "v-", "x--")):
             axis.plot(range(1, len(values) + 1), values, style, label=label, markersize=5)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=title, xlabel="layer", xticks=range(1, len(values) + 1))
-    panels[0].set_ylabel("attention on the object / its share of the area")
-    panels[0].legend(frameon=False)
+    panels[0].set_ylabel("attention on the object / its area's share")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
