@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 import weakref
 import zipfile
 from contextlib import contextmanager
@@ -322,8 +323,10 @@ def distribute(model, device):
     """Average gradients over processes (DistributedDataParallel), where there is more than one."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)      # its new name is not in torch 2.6
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
