@@ -604,7 +604,7 @@ def masks(args):
 def tokens(args):
     """images, their token grids, both reconstructions, and the most used codes"""
     tokenizer, count = open_tokenizer(args), args.count or 8
-    pictures = open_pictures(args, max(count, 256))
+    pictures = open_pictures(args, max(count, 64))
     side = args.size or default_token_side(args, tokenizer)
     if side % tokenizer.downsample:
         raise UserError(f"--size: a multiple of {tokenizer.downsample} for this tokenizer, not {side}")

@@ -414,4 +414,4 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_its_crop_needs(tmp_path, monke
                 slow = Views(source, [32, 16], (4, 4), jitter=0.0)[epoch, index]
             for one, other in zip(fast[:2], slow[:2]):
                 difference = (one.float() - other.float()).abs()
-                assert difference.mean() < 1.5 and difference.max() < 24, (index, epoch)
+                assert difference.mean() < 4 and difference.max() < 40, (index, epoch)      # half a pixel of these gradients
