@@ -338,6 +338,7 @@ def machine(device):
 
 
 def print_table(table, memory):
+    """What Bench.measure and peak_memory gave, a line a row, with the share of the matrix products' rate."""
     limit = table["limit: matrix products"]["tflops"]
     training.say(f"\n{'':42}{'median':>12}  {'unit':9} {'±':>4} {'TFLOP/s':>9} {'of limit':>9} {'memory':>9}")
     for name, row in table.items():
@@ -372,6 +373,7 @@ def main():
 
 
 def report(args, device):
+    """Measure what the flags ask for, print it, write args.out; under torchrun `scaling` alone."""
     bench, config = Bench(args, device), DEMO if args.model == "demo" else vit.PRESETS[args.model]
     words = f"{machine(device)}; {args.model}, batch {args.batch_size}, {str(bench.precision.dtype).removeprefix('torch.')}"
     training.say(words)

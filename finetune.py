@@ -368,6 +368,7 @@ def train(config, device):
 
 
 def in_words(report):
+    """An evaluation on one line, without the IoU of each class."""
     return training.in_words({name: value for name, value in report.items() if name != "iou"})
 
 

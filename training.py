@@ -351,7 +351,7 @@ def one_line_errors():
         sys.exit(error.status)
     except OSError as error:
         print(f"{script}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

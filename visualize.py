@@ -579,6 +579,7 @@ def masks_for(args, grid, count):
 
 
 def number_to_mask(args, grid):
+    """How many patches --ratio is on a grid. UserError where that is none or all."""
     count = int(args.ratio * math.prod(grid))
     if not 1 <= count < math.prod(grid):
         raise UserError(f"--ratio: {args.ratio:g} masks {count} of {math.prod(grid)} patches; at least one, and not all")

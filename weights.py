@@ -47,6 +47,7 @@ class StandIn(metaclass=_Inert):
 
 
 def stand_in(name):
+    """A subclass of StandIn in place of the class or function of this name."""
     return _Inert(name.rpartition(".")[2], (StandIn,), {})
 
 

@@ -300,7 +300,7 @@ def command(monkeypatch, capsys, folder, *words):
     monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, words)])
     out = folder / "out.png"
     out.unlink(missing_ok=True)
-    if "--help" not in words:
+    if "--out" not in words:
         sys.argv += ["--out", str(out)]
     status = 0
     try:
@@ -357,7 +357,18 @@ def test_bad_input_is_one_line(monkeypatch, capsys, run, words, named):
     assert status == 2 and picture is None and error.count("\n") == 1 and named in error, error
 
 
-def test_runs_without_a_display_and_says_what_makes_the_weights(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "visualize.py", "positions"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "HOME": str(tmp_path)})
-    assert done.returncode == 2 and "`python pretrain.py` makes it" in done.stderr and done.stderr.count("\n") == 1
+def test_draws_without_a_display(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "visualize.py", "masks", "--count", "2", "--grid", "4", "4", "--out", "a.png"], cwd=tmp_path,
+                          capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)})
+    assert done.returncode == 0 and np.array(Image.open(tmp_path / "a.png"))[..., :3].std() > 5, done.stderr
+
+
+def test_without_weights_the_command_that_makes_them_is_named(monkeypatch, capsys, tmp_path):
+    status, error, _ = command(monkeypatch, capsys, tmp_path, "positions")
+    assert status == 2 and "`python pretrain.py` makes it" in error and error.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(monkeypatch, capsys, run):
+    (run / "file").write_text("")
+    status, error, _ = command(monkeypatch, capsys, run, "positions", "--out", "file/a.png")
+    assert status == 2 and error.startswith("visualize.py: error: file") and error.count("\n") == 1
