@@ -198,7 +198,7 @@ def add_models(bench, config, side):
     classifier.checkpoint_blocks = model.checkpoint_blocks = args.checkpoint_blocks
     rng, num_masked = np.random.default_rng(0), int(0.4 * config.grid[0] * config.grid[1])
     mask = torch.from_numpy(np.stack([blockwise_mask(config.grid, num_masked, rng) for _ in range(B)]))
-    batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [torch.eye(3, 4).expand(B, 3, 4), mask, []]
+    batch = [torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8) for size in (config.image_hw[0], side)] + [data.NO_JITTER.expand(B, 3), mask, []]
     settings = argparse.Namespace(predict="masked", patch_size=config.patch_size)
     images, labels = data.to_float(batch[0].to(device)), torch.randint(0, CLASSES, (B,), device=device)
     on_device, places = mask.to(device), mask.flatten().nonzero()[:, 0].to(device)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
 from masking import blockwise_mask, random_mask
 
@@ -169,16 +169,18 @@ class Folder:
     def __len__(self):
         return len(self.paths)
 
-    def image(self, index, enough=None):
-        """enough, a function of (width, height), says how large at least the image must be: a JPEG that is larger is then decoded
-        at 1/2, 1/4 or 1/8 of its size, if that is enough, in a fraction of the time."""
+    def size(self, index):
+        """(width, height) in pixels, upright, from the head of the file."""
+        with Image.open(self.paths[index]) as file:
+            return file.size[::-1] if file.getexif().get(ORIENTATION, 1) > 4 else file.size
+
+    def image(self, index, at_least=None):
+        """at_least (width, height), upright: a JPEG that is larger is decoded at 1/2, 1/4 or 1/8 of its size, if that is no
+        less, in a fraction of the time."""
         with Image.open(self.paths[index]) as file:
             turned = file.getexif().get(ORIENTATION, 1)
-            if enough:
-                upright = slice(None, None, -1 if turned > 4 else 1)    # width and height change places
-                wanted = enough(*file.size[upright])
-                if file.format == "JPEG":
-                    file.draft(None, wanted[upright])
+            if at_least and file.format == "JPEG":
+                file.draft(None, at_least[::-1] if turned > 4 else at_least)
             file.load()
             image = ImageOps.exif_transpose(file) if turned != 1 else file
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):      # 16-bit grey, which convert would cut at 255
@@ -455,7 +457,7 @@ class Views(Dataset):
     source      of open_images
     sizes       pixels a side of the two views: the patches', the tokenizer's
     grid, num_masked, masking    of the mask: "blockwise", "random" or "none"
-    Returns (uint8 (3, S, S), uint8 (3, T, T), colours (3, 4), bool (h, w), [] or [name of the unreadable image that another
+    Returns (uint8 (3, S, S), uint8 (3, T, T), colours (3,), bool (h, w), [] or [name of the unreadable image that another
     replaces]).
     """
 
@@ -483,51 +485,48 @@ class Views(Dataset):
 
     def crop(self, source, index, rng):
         """The part of an image that the views show, uint8 (3, ., .): a random crop to train, the centre else."""
-        chosen = []
-
-        def enough(width, height):                      # for the crop to have the pixels of the largest view
-            box = random_crop_box(width, height, rng, (self.crop_scale, 1.0)) if self.train else centre_box(width, height)
-            chosen[:] = box, width, height
-            scale = max(self.sizes) / min(box[2] - box[0], box[3] - box[1])
-            return math.ceil(width * scale), math.ceil(height * scale)
-        if isinstance(source, Folder):
-            image = source.image(index, enough)
-        else:
-            image = source.image(index)
-            enough(*image.size)
-        (left, top, right, bottom), width, height = chosen
+        image = None if isinstance(source, Folder) else source.image(index)
+        width, height = image.size if image else source.size(index)
+        left, top, right, bottom = random_crop_box(width, height, rng, (self.crop_scale, 1.0)) if self.train else centre_box(width, height)
+        if not image:                                   # at a size that leaves the crop the pixels of the largest view
+            scale = max(self.sizes) / min(right - left, bottom - top)
+            image = source.image(index, (math.ceil(width * scale), math.ceil(height * scale)))
         across, down = image.width / width, image.height / height      # 1, unless it was decoded at a smaller size
-        rows, columns = slice(round(top * down), round(bottom * down)), slice(round(left * across), round(right * across))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, rows, columns]
+        part = image.crop((round(left * across), round(top * down), round(right * across), round(bottom * down)))
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
     def views(self, crop, rng):
-        """A crop for each of self.sizes, uint8 (3, size, size), and their colours (3, 4)."""
-        views = [F.resize(crop, [size, size], InterpolationMode.BICUBIC, antialias=True) for size in self.sizes]    # PIL takes three times as long
+        """A crop for each of self.sizes, uint8 (3, size, size), and their colours (3,)."""
+        views = [interpolate(crop[None], (size, size), mode="bicubic", antialias=True)[0].contiguous() for size in self.sizes]    # PIL takes three times as long
         if not self.train:
-            return views, torch.eye(3, 4)
+            return views, NO_JITTER
         if rng.random() < 0.5:
             views = [view.flip(2) for view in views]
-        return views, colour_jitter(views[-1].float().mean((1, 2)) / 255, rng, self.jitter)
+        mean_grey = (views[-1].float().mean((1, 2)) @ torch.tensor(GREY_OF_RGB)).item() / 255
+        return views, colour_jitter(mean_grey, rng, self.jitter)
 
 
-GREY_OF_RGB = torch.tensor([0.299, 0.587, 0.114])
+GREY_OF_RGB = (0.299, 0.587, 0.114)
+NO_JITTER = torch.tensor([1.0, 0.0, 0.0])
 
 
-def colour_jitter(mean, rng, jitter):
-    """Brightness, contrast and saturation, each by a factor uniform in 1 - jitter ... 1 + jitter, in random order, as one affine
-    map of red, green and blue in [0, 1]: (3, 4), the last column added. mean (3,): the image's. Values are cut to [0, 1] after all
-    three, not after each."""
+def colour_jitter(mean_grey, rng, jitter):
+    """Brightness, contrast and saturation, each by a factor uniform in 1 - jitter ... 1 + jitter, in random order. Each, and so
+    all three together, maps a pixel x with grey value g to a x + b g + c: returns the three numbers (a, b, c), for to_float.
+
+    mean_grey: the image's, in [0, 1]. Values are cut to [0, 1] after all three, not after each.
+    """
+    a, b, c = 1.0, 0.0, 0.0
     factors, order = rng.uniform(1 - jitter, 1 + jitter, 3).tolist(), rng.permutation(3).tolist()
-    colours = torch.eye(3, 4)
     for i in order if jitter else ():
         f = factors[i]
-        if i == 2:                                      # saturation: towards each pixel's own grey
-            colours = f * colours + (1 - f) * (GREY_OF_RGB @ colours)
-        else:                                           # brightness: towards black; contrast: towards the image's mean grey
-            grey = GREY_OF_RGB @ (colours[:, :3] @ mean + colours[:, 3]) if i == 1 else 0.0
-            colours = f * colours
-            colours[:, 3] += (1 - f) * grey
-    return colours
+        if i == 0:                                      # brightness: towards black
+            a, b, c = f * a, f * b, f * c
+        elif i == 1:                                    # contrast: towards the image's mean grey
+            a, b, c = f * a, f * b, f * c + (1 - f) * ((a + b) * mean_grey + c)
+        else:                                           # saturation: towards each pixel's own grey
+            a, b = f * a, f * b + (1 - f) * (a + b)
+    return torch.tensor([a, b, c])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,9 +668,10 @@ def _start_worker(_):
 
 
 def to_float(images, colours=None):
-    """uint8 (B, 3, H, W) -> float in [0, 1], after each image's colours (B, 3, 4) of colour_jitter, if any."""
+    """uint8 (B, 3, H, W) -> float in [0, 1], after each image's colours (B, 3) of colour_jitter, if any."""
     images = images.float() / 255
     if colours is None:
         return images
-    c = colours[..., None, None]                                       # (B, 3, 4, 1, 1)
-    return (c[:, :, 3] + sum(c[:, :, k] * images[:, k:k + 1] for k in range(3))).clamp_(0, 1)
+    a, b, c = colours[..., None, None, None].unbind(1)                 # (B, 1, 1, 1) each
+    grey = sum(weight * images[:, k:k + 1] for k, weight in enumerate(GREY_OF_RGB))                     # (B, 1, H, W)
+    return (a * images + (b * grey + c)).clamp_(0, 1)

@@ -345,6 +345,10 @@ def draws(seed, jitter=0.4):
     return rng.uniform(1 - jitter, 1 + jitter, 3).tolist(), rng.permutation(3).tolist()
 
 
+def mean_grey(image):
+    return (image.mean((1, 2)) @ torch.tensor(data.GREY_OF_RGB)).item()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_colour_jitter_is_torchvisions_where_nothing_is_cut(seed):
     image = 0.35 + 0.2 * torch.rand(1, 3, 9, 7, generator=torch.Generator().manual_seed(seed))
@@ -352,7 +356,7 @@ def test_colour_jitter_is_torchvisions_where_nothing_is_cut(seed):
     expected = image[0]
     for i in order:
         expected = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](expected, factors[i])
-    colours = data.colour_jitter(image[0].mean((1, 2)), np.random.default_rng(seed), 0.4)
+    colours = data.colour_jitter(mean_grey(image[0]), np.random.default_rng(seed), 0.4)
     out = data.to_float(image * 255, colours[None])[0]                  # of floats, so that nothing is rounded
     torch.testing.assert_close(out, expected, atol=2e-4, rtol=0)        # torchvision's grey weights have four digits
 
@@ -367,7 +371,7 @@ def test_colour_jitter_keeps_the_moments_of_torchvisions():
         for i in order:
             expected = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[i](expected, factors[i])
         theirs.append(expected.float() / 255)
-        colours = data.colour_jitter(image.float().mean((1, 2)) / 255, np.random.default_rng(seed), 0.4)
+        colours = data.colour_jitter(mean_grey(image / 255), np.random.default_rng(seed), 0.4)
         ours.append(data.to_float(image[None], colours[None])[0])
     ours, theirs = torch.stack(ours), torch.stack(theirs)
     assert abs(ours.mean() - theirs.mean()) < 0.01 and abs(ours.std() - theirs.std()) < 0.01
@@ -377,9 +381,9 @@ def test_colour_jitter_keeps_the_moments_of_torchvisions():
 
 def test_no_jitter_changes_nothing():
     image = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
-    colours = data.colour_jitter(torch.rand(3), np.random.default_rng(0), 0.0)
-    assert torch.equal(data.to_float(image, colours.expand(2, 3, 4)), data.to_float(image))
-    assert torch.equal(views(train=False)[0, 3][2], torch.eye(3, 4))
+    colours = data.colour_jitter(0.5, np.random.default_rng(0), 0.0)
+    assert torch.equal(data.to_float(image, colours.expand(2, 3)), data.to_float(image))
+    assert torch.equal(views(train=False)[0, 3][2], data.NO_JITTER)
 
 
 def test_both_views_are_one_crop_resized_as_pil_does():
@@ -403,8 +407,9 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_its_crop_needs(tmp_path, monke
     picture.save(tmp_path / "b.jpg", quality=95, exif=turned)
     picture.save(tmp_path / "c.png")
     source = Folder(data.image_paths(tmp_path))
-    assert [source.image(i, lambda w, h: (w // 4, h // 4)).size for i in range(3)] == [(400, 300), (300, 400), (1600, 1200)]
-    assert source.image(0, lambda w, h: (w // 4 + 1, h // 4)).size == (800, 600)
+    assert [source.size(i) for i in range(3)] == [(1600, 1200), (1200, 1600), (1600, 1200)]
+    assert [source.image(i, (400, 300)[::-1 if i == 1 else 1]).size for i in range(3)] == [(400, 300), (300, 400), (1600, 1200)]
+    assert source.image(0, (401, 300)).size == (800, 600)
     for index in range(3):
         for epoch in range(4):
             fast = Views(source, [32, 16], (4, 4), jitter=0.0)[epoch, index]
@@ -415,3 +420,11 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_its_crop_needs(tmp_path, monke
             for one, other in zip(fast[:2], slow[:2]):
                 difference = (one.float() - other.float()).abs()
                 assert difference.mean() < 4 and difference.max() < 40, (index, epoch)      # half a pixel of these gradients
+
+
+def test_a_jpeg_that_is_cut_short_is_unreadable_not_grey(tmp_path):
+    Image.effect_noise((200, 150), 60).convert("RGB").save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "short.jpg").write_bytes(whole[:len(whole) * 2 // 3])
+    *_, unreadable = Views(Folder(data.image_paths(tmp_path)), [32, 16], (4, 4))[0, 0]
+    assert unreadable == [str(tmp_path / "short.jpg")]
