@@ -13,8 +13,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")          # the profiler's own messages
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -79,10 +77,11 @@ class Bench:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.precision = training.Precision(args.precision, device)
-        self.rows = {}
+        self.rows, self.held, self.in_fp32 = {}, {}, None
 
     def add(self, name, function, count, unit, flops=None):
-        self.rows[name] = (function, count, unit, flops)
+        if "limit" in name or not self.args.only or any(words in name for words in self.args.only):
+            self.rows[name] = (function, count, unit, flops)
 
     def once(self, function):
         """Seconds of one call, with all that it started on the device."""
@@ -230,7 +229,7 @@ def add_models(bench, config, side):
             precision.backward(loss)
             model.zero_grad(set_to_none=True)
 
-        def pretraining(network=networks[0], optimizer=optimizers[0], tokenizer=tokenizer):
+        def pretraining(network=networks[0], optimizer=optimizers[0], tokenizer=tokenizer, precision=precision):
             pixels, hidden, places, targets = pretrain.inputs_and_targets(batch, settings, tokenizer, device)
             with precision.autocast():
                 outputs = network(pixels, hidden, places)
@@ -246,8 +245,19 @@ def add_models(bench, config, side):
         for name, function in (("backbone forward", forward), ("backbone forward and backward", forward_backward),
                                ("pre-training step", pretraining), ("fine-tuning step", finetuning)):
             bench.add(name + kind, function, B, "images/s", B * per_image[name])
+            trained = classifier if function is finetuning else model
+            bench.held[name + kind] = 3 * size_of(trained) + (size_of(tokenizer) if function is pretraining else 0)    # AdamW keeps two more of each
+        if not kind and precision.dtype != torch.float32 and "pre-training step" in bench.rows:
+            exact = copy.deepcopy(tokenizer).float()
+            bench.held["in fp32"] = 3 * size_of(model) + size_of(exact)
+            bench.in_fp32 = lambda: pretraining(model, optimizers[0], exact, training.Precision("fp32", device))
     return {name: (flops, counted(name, config, TOKENIZERS[args.model], side, num_masked)) for name, flops in per_image.items()
             if name in ("tokenizer", "backbone forward and backward")}
+
+
+def size_of(model):
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def counted(name, config, tokenizer_sizes, side, num_masked):
@@ -269,8 +279,12 @@ def peak_memory(bench, function):
         torch.cuda.reset_peak_memory_stats(bench.device)
         function()
         return torch.cuda.max_memory_allocated(bench.device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
+    profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with training.kineto_silenced():
+        profiled.start()
+    function()
+    with training.kineto_silenced():
+        profiled.stop()
     changes = [(event.start_ns(), event.nbytes()) for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     return int(np.cumsum([size for _, size in sorted(changes)] or [0]).max())
 
@@ -321,7 +335,7 @@ def scaling(bench, config):
                 seconds[name].append(slowest.item())
     K, (alone, together, silent) = training.world_size(), (statistics.median(seconds[name]) for name in ("alone", "together", "silent"))
     return {"processes": K, "alone_images_per_second": B / alone, "together_images_per_second": K * B / together,
-            "scaling": K * alone / together if device.type == "cuda" else K * alone / together, "communication_share": max(0.0, 1 - silent / together)}
+            "scaling": K * alone / together, "communication_share": max(0.0, 1 - silent / together)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,6 +373,7 @@ def main():
     parser.add_argument("--data", help="a folder of images to load; default: made-up JPEGs of 500x375")
     parser.add_argument("--rounds", type=int, default=3, help="times that all rows are measured, in turn (3)")
     parser.add_argument("--seconds", type=float, default=1.0, help="a row is called at least so long in each round (1)")
+    parser.add_argument("--only", nargs="*", metavar="WORDS", help="only the rows whose name holds one of these words, and the limits")
     parser.add_argument("--out", default="bench.json", help="where the figures go (bench.json)")
     parser.add_argument("--verbose", action="store_true", help="say what is being measured")
     with training.one_line_errors():
@@ -392,11 +407,15 @@ def report(args, device):
         for name, (formula, counter) in flops.items():
             training.say(f"{name}: {formula / 1e9:.2f} GFLOP an image by formula, {counter / 1e9:.2f} by torch.utils.flop_counter")
         table = bench.measure()
-        memory = {name: peak_memory(bench, function) for name, (function, *_, flops_) in bench.rows.items() if flops_ and "limit" not in name}
+        memory = {name: bench.held.get(name, 0) + peak_memory(bench, function) for name, (function, *_, flops_) in bench.rows.items()
+                  if flops_ and not name.startswith(("limit", "backbone forward"))}
+        in_fp32 = bench.held["in fp32"] + peak_memory(bench, bench.in_fp32) if bench.in_fp32 else None
     print_table(table, memory)
+    if in_fp32:
+        training.say(f"an eager pre-training step in fp32 would take {in_fp32 / 2 ** 20:.0f} MB")
     training.write_json(Path(args.out), {
         "machine": words, "rows": {name: {**row, **({"peak_memory_bytes": memory[name]} if memory.get(name) else {})} for name, row in table.items()},
-        "gflop_per_image": {name: {"formula": formula / 1e9, "counted": counter / 1e9} for name, (formula, counter) in flops.items()}})
+        "fp32_peak_memory_bytes": in_fp32, "gflop_per_image": {name: {"formula": formula / 1e9, "counted": counter / 1e9} for name, (formula, counter) in flops.items()}})
     training.say(f"written to {args.out}")
 
 

@@ -483,7 +483,7 @@ def train(config, device):
         grad_norm = precision.update(optimizer, config.clip_grad)
         ema.update_parameters(model)
         report = evaluation(temperature)[0] if (step + 1) % config.eval_every == 0 and step + 1 < total else {}
-        run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm.item(), temperature=temperature,
+        run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm, temperature=temperature,
                 kl_weight=beta, **{f"val_{name}": value for name, value in report.items() if name != "soft_mse_at"})
         run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 

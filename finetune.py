@@ -352,7 +352,7 @@ def train(config, device):
         if ema:
             ema.update_parameters(model)
         report = evaluation() if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
-        run.log(step + 1, loss=loss, lr=lr, grad_norm=grad_norm.item(),
+        run.log(step + 1, loss=loss, lr=lr, grad_norm=grad_norm,
                 **{f"val_{name}": value for name, value in report.items() if name != "iou"})
         run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
 

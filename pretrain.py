@@ -287,9 +287,7 @@ def train(config, device):
     training.say(f"backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, patches {config.grid[0]}x{config.grid[1]}, "
                  f"{config.num_masked} masked; {total} steps of {config.batch_size} images, {total / per_epoch:.3g} epochs, "
                  f"peak lr {config.lr:g}, {here['world_size']} x {device}, {str(precision.dtype).removeprefix('torch.')}")
-    report, baselines = evaluation()
-    training.say(f"held-out images, at step {run.start}: {training.in_words({**report, **baselines})}")
-
+    report, baselines = {}, notes.get("baselines", {})
     for step in run.progress("pretrain"):
         training.seed_step(config.seed, step)
         lr = training.set_lr(optimizer, training.warmup_cosine(step, total, config.lr, config.min_lr, config.warmup * total))
@@ -309,11 +307,13 @@ def train(config, device):
         with training.naming_flags():
             unreadable.add(step // per_epoch, bad)
         grad_norm = precision.update(optimizer, config.clip_grad)
-        report = evaluation()[0] if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
-        run.log(step + 1, loss=loss, **({"accuracy": accuracy} if tokenizer else {}), lr=lr, grad_norm=grad_norm.item(),
-                **baselines, **report)
-        run.end_of_step(step + 1, notes={"unreadable": unreadable.state()}, **parts)
+        report = {}
+        if step == 0 or (step + 1) % config.eval_every == 0 or step + 1 == total:
+            report, baselines = evaluation()
+        run.log(step + 1, loss=loss, **({"accuracy": accuracy} if tokenizer else {}), lr=lr, grad_norm=grad_norm, **baselines, **report)
+        run.end_of_step(step + 1, notes={"unreadable": unreadable.state(), "baselines": baselines}, **parts)
 
+    report = report or evaluation()[0]                  # a run that was killed after its last step
     training.say(f"held-out images: {training.in_words({**report, **baselines})}")
     if training.rank() == 0:
         pictures = predictions(model, data.first_batch(val_views, 12, device), config, tokenizer, device)

@@ -254,6 +254,7 @@ def processes(config):
     Signals are remembered, not obeyed: Run.end_of_step acts on them.
     """
     device = choose_device(config.device)
+    torch.set_flush_denormal(True)      # before there are other threads, which inherit it: products of nearly-zero softmaxes took 30 times as long
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
@@ -337,6 +338,19 @@ def only_last_part_communicates(model, part, parts):
             yield
     else:
         yield
+
+
+@contextmanager
+def kineto_silenced():
+    """While the profiler starts or stops: its library writes to stderr that it does, whatever it is told."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
 
 
 @contextmanager
@@ -700,14 +714,15 @@ class Run:
         self._since, profiler = (time.perf_counter(), self.start), None
         for step in self._bar:
             if self.config.profile and step == self.start + 3:
-                os.environ.setdefault("KINETO_LOG_LEVEL", "5")      # on machines without a GPU it would warn of that
                 profiler = profile(acc_events=True)
-                profiler.start()
+                with kineto_silenced():
+                    profiler.start()
                 began = time.perf_counter()
             yield step
             if profiler and step == min(self.start + 7, self.steps - 1):
                 seconds = time.perf_counter() - began
-                profiler.stop()
+                with kineto_silenced():
+                    profiler.stop()
                 say(where_time_goes(profiler, seconds))
                 profiler = None
 
@@ -738,12 +753,14 @@ class Run:
     def log(self, step, **values):
         """Append one line to metrics.jsonl at every --log-every'th step, the first and the last, or where more is to say.
 
-        step counts finished steps, from 1. values: plain numbers, loss and lr among them.
+        step counts finished steps, from 1. values: numbers, loss and lr among them, or tensors of one, which are read only now:
+        reading them at each step would make the GPU wait for the CPU, and the CPU for the GPU.
         """
         now, (then, before) = time.perf_counter(), self._since
         evaluated = any(name.startswith("val_") for name in values)
         if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or evaluated):
             return
+        values = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
         self._since = (now, step)
         with open(self.folder / "metrics.jsonl", "a") as file:
