@@ -76,7 +76,7 @@ def paper_preset(name, **more):
 
 
 PRESETS = {
-    "demo": dict(epochs=2.5, batch_size=32, lr=2e-3, min_lr=2e-5, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4,
+    "demo": dict(epochs=2.2, batch_size=32, lr=2e-3, min_lr=2e-5, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4,
                  heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1, crop_scale=0.6, jitter=0.0, tokenizer_preset="demo",
                  log_every=1, save_every=100, eval_every=1000),
     "tiny": paper_preset("tiny"),

@@ -123,6 +123,23 @@ def test_collapse_is_said(tmp_path, monkeypatch, capsys):
     assert "warning: the codebook is collapsing, 1 of 512" in capsys.readouterr().out
 
 
+# compiled ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_compiled_runs_log_the_losses_of_eager_ones_and_compile_once(tokenizer, tmp_path, precision, tolerance):
+    """The compiler itself, model and tokenizer; after the first step nothing is compiled again."""
+    torch.compiler.reset()
+    compilations = torch._dynamo.utils.counters
+    compilations.clear()
+    flags = ["--steps", 12, "--eval-every", 100, "--precision", precision]
+    eager = train(tokenizer, tmp_path / "eager", *flags)
+    compiled = train(tokenizer, tmp_path / "compiled", *flags, "--compile")
+    assert compilations["stats"]["unique_graphs"] <= 3            # the model, the tokenizer, its last and smaller batch of held-out images
+    for one, other in zip(eager, compiled):
+        assert other["loss"] == pytest.approx(one["loss"], rel=tolerance), one["step"]
+
+
 # the loss ------------------------------------------------------------------------------------------------------------
 
 def test_loss_by_hand():
