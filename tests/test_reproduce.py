@@ -1,0 +1,109 @@
+"""reproduce.py: its plans are commands that the scripts take; runs are done once; tables and plots come out."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import dvae
+import finetune
+import pretrain
+import reproduce
+import training
+from training import UserError
+
+SCRIPTS = {"dvae.py": dvae, "pretrain.py": pretrain, "finetune.py": finetune}
+
+
+def lab(folder, scale="full", seeds=2):
+    return reproduce.Lab(reproduce.SCALES[scale], Path(folder), "data", seeds)
+
+
+def planned(one):
+    return reproduce.with_needs([job for claim in reproduce.CLAIMS.values() for job in claim(one)[0]])
+
+
+def finish(job, tune_best=4e-3):
+    """Leave what a run leaves, with made-up numbers."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    top1 = 0.9 if f"-{tune_best:g}" in job.out.name else 0.5 + (hash(job.out.name) % 100) / 400
+    layers = {"patches": [0.1, 0.2, 0.3, 0.4], "[S]": [0.1, 0.2, 0.3, 0.4]}
+    (job.out / "result.json").write_text(json.dumps({"top1": top1, "mean_iou": 0.4, "val_loss": 3.0, "top1_by_layer": layers}))
+    (job.out / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "val_top1": step / 100}) + "\n" for step in range(10, 70, 10)))
+    (job.out / "log.txt").write_text("  pre-trained                 1.50    1.25    1.00    0.75\n  random weights              1.00    1.00    1.00    1.00\n")
+    (job.out / "attention.png").write_bytes(b"")
+    (job.out / "seconds.txt").write_text("30\n30\n")
+
+
+@pytest.mark.parametrize("scale", list(reproduce.SCALES))
+def test_every_run_has_a_folder_of_its_own_and_flags_that_its_script_takes(tmp_path, scale):
+    folders = {}
+    for claim in reproduce.CLAIMS.values():
+        for job in reproduce.with_needs(claim(lab(tmp_path, scale))[0]):
+            assert folders.setdefault(job.out, job) == job, f"two runs in {job.out}"
+            if job.script in SCRIPTS:
+                config = training.parse(SCRIPTS[job.script].Config, SCRIPTS[job.script].PRESETS, list(job.flags))
+                assert config.out == str(job.out) and config.batch_size and config.device == "cpu"
+
+
+def test_fine_tuning_has_the_learning_rate_that_the_held_out_split_chose(tmp_path):
+    before = {job.out.name: job for job in planned(lab(tmp_path))}
+    job = before["finetune-beit-1000-0"]
+    assert not job.finished and {one.out.name for one in job.needs} >= {f"tune-beit-{lr:g}" for lr in reproduce.GRID}
+    for name, one in before.items():
+        if name.startswith("tune-"):
+            assert "--validate" in one.flags and one.flags[one.flags.index("--seed") + 1] == "100"
+            finish(one)
+    after = {job.out.name: job for job in planned(lab(tmp_path))}["finetune-beit-1000-0"]
+    assert after.flags[after.flags.index("--lr") + 1] == "0.004" and "--validate" not in after.flags
+
+
+def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+    for job in planned(lab(tmp_path / "runs" / "full", seeds=3)):
+        finish(job)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--scale", "full", "--out", str(tmp_path / "runs"), "--data-root", str(tmp_path / "data"),
+                                      "--figures", str(tmp_path / "figures")])
+    (tmp_path / "data/FashionMNIST/raw").mkdir(parents=True)
+    reproduce.main()
+    for claim in reproduce.CLAIMS:
+        text = (tmp_path / "figures" / f"reproduce-{claim}.md").read_text()
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(rows) >= 4 and len({line.count("|") for line in rows}) == 1 and "3 seeds" in text, claim
+        assert (tmp_path / "figures" / f"reproduce-{claim}.png").stat().st_size > 5000
+    table = (tmp_path / "figures/reproduce-ablations.md").read_text()
+    assert "82.86" in table and "36.73" in table and " ± " in table
+
+
+def test_runs_are_done_once_in_order_and_a_failed_one_is_named(tmp_path, monkeypatch):
+    def job(name, *needs, code="0"):
+        return reproduce.Job("pretrain.py", (code,), tmp_path / name, needs, 1.0)
+    first, other = job("first"), job("other")
+    plan = [job("last", first, other), job("broken", first, code="1/0")]
+    note = "import sys,pathlib; out=pathlib.Path(sys.argv[1]); {}; (out/'result.json').write_text('{{}}'); open(out.parent/'order','a').write(out.name+' ')"
+    monkeypatch.setattr(reproduce.Job, "command", lambda self: [sys.executable, "-c", note.format(self.flags[0]), str(self.out)])
+    reproduce.run(lambda: plan[:1], 2)
+    reproduce.run(lambda: plan[:1], 2)
+    order = (tmp_path / "order").read_text().split()
+    assert sorted(order[:2]) == ["first", "other"] and order[2:] == ["last"]
+    assert plan[0].seconds > 0
+    with pytest.raises(UserError, match="status 1 .ZeroDivisionError.*broken/log.txt"):
+        reproduce.run(lambda: plan, 2)
+
+
+def test_the_list_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--list", "--scale", "full"])
+    reproduce.main()
+    printed = capsys.readouterr().out
+    assert all(f"{claim}: " in printed for claim in reproduce.CLAIMS) and "hours" in printed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, named", [(["everything"], "claim"), (["probe", "--seeds", "0"], "--seeds"), (["probe", "--scale", "huge"], "--scale"),
+                                          (["probe", "--data-root", "nowhere"], "--data-root"), (["probe", "--jobs", "x"], "--jobs")])
+def test_wrong_flags_are_one_line(flags, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        reproduce.main()
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and printed.count("\n") == 1 and named in printed and not list(tmp_path.iterdir())
