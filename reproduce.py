@@ -312,7 +312,7 @@ def probe(lab):
     most = max(lab.scale.finetune)
     models = {"pre-trained": lab.pretrained(), f"supervised, {most:,} labels": lab.finetuned("scratch", None, most, 0), "random weights": lab.random()}
     jobs = {(task, name): lab.job("finetune.py", f"{task}-{slug(name)}", [model], 6_000, data="fashion-mnist", data_root=lab.data_root, task=task,
-                                  init=model.out / "model.pt", labels=5000, image_size=FASHION["image_size"])
+                                  init=model.out / "model.pt", labels=5000, **FASHION)
             for task in ("probe", "knn") for name, model in models.items()}
 
     def report():
@@ -351,7 +351,7 @@ def attention(lab):
             axis.plot([share * lab.scale.shapes for share in ratios], values, "o-", label=f"layer {layer}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.legend()
-        return table(["images seen", *[f"layer {layer}" for layer in range(1, len(values) + 1)]],
+        return table(["images seen", *[f"layer {layer}" for layer in range(1, MODEL["depth"] + 1)]],
                      [[f"{round(share * lab.scale.shapes):,}", *[f"{value:.2f}" for value in values]] for share, values in ratios.items()]), figure
     return list(jobs.values()), report
 
