@@ -379,7 +379,7 @@ CLAIMS = {function.__name__.replace("_", "-"): function for function in (
 # Running a plan
 # ---------------------------------------------------------------------------------------------------------------------
 
-IMAGES_PER_SECOND = 300       # of training on one core of the machine in the README; corrected by what is seen
+IMAGES_PER_SECOND = 200       # of training on one core of the machine in the README; corrected by what is seen
 
 
 def with_needs(jobs):
