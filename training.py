@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -567,13 +568,41 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
+SEAL = b"sha256 of all before: "    # after the zip archive that torch.save writes; readers of zip look for its end, and do not mind
+
+
+def save_sealed(state, file):
+    """torch.save, and a checksum of the whole file. Zip has one for each part but none for its tables, where a flipped bit
+    can go unnoticed and change tensors."""
+    torch.save(state, file)
+    file.flush()
+    file.write(SEAL + _sha256(file.name, file.tell()))
+
+
+def _sha256(path, size):
+    """Of the file's first bytes, that many."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for at in range(0, size, 2 ** 22):
+            digest.update(file.read(min(2 ** 22, size - at)))
+    return digest.digest()
+
+
 def damage(path):
-    """What is wrong with a file of torch.save, by its structure and the checksums of its parts; None if nothing is."""
+    """What is wrong with a file of save_sealed, or of torch.save by the checksums of its parts; None if nothing is."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            return f"{broken} does not match its checksum"
+        size = max(0, path.stat().st_size - len(SEAL) - hashlib.sha256().digest_size)
+        with open(path, "rb") as file:
+            file.seek(size)
+            end = file.read()
+        if end.startswith(SEAL):
+            if end[len(SEAL):] != _sha256(path, size):
+                return "it does not match its checksum"
+        else:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                return f"{broken} does not match its checksum"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # mmap: no more than the structure is read
     except Exception as error:                          # zipfile and torch raise half a dozen kinds
         return (str(error).splitlines() or [type(error).__name__])[0][:100]
@@ -819,7 +848,7 @@ class Run:
             if broken:
                 raise UserError(f"step {step}: {broken[0]} of the model is not finite, and no checkpoint is written; {then}", status=1)
             with one_line_if_disk_fails(f"the checkpoint of step {step}", self.folder, then, size_of(state)):
-                write_atomically(last, lambda file: torch.save(state, file), keep=self.folder / "previous.pt")
+                write_atomically(last, lambda file: save_sealed(state, file), keep=self.folder / "previous.pt")
 
     def finish(self, model, config, **result):
         """model.pt (weights and the model's config, what --init and --tokenizer take) and result.json: the run is finished."""
