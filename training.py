@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -238,6 +239,12 @@ def say(*words):
 
 
 _signal = 0    # the last SIGTERM or SIGINT that came, or 0
+_parent = os.getppid()
+
+
+def _orphaned():
+    """Whether torchrun's agent has died: its processes live in sessions of their own, and nobody else would end them."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
 
 
 def _remember_signal(number, frame):
@@ -363,6 +370,12 @@ def one_line_errors():
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.status)
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("gloo|nccl|Connection (closed|reset)", str(error), re.IGNORECASE):
+            raise
+        print(f"{script}: error: rank {rank()} lost another process ({' '.join(str(error).split())[:200]}); the same command continues "
+              f"from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"{script}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -538,18 +551,58 @@ def write_atomically(path, write, keep=None):
     os.close(folder)
 
 
+@contextmanager
+def one_line_if_disk_fails(what, folder, then, needs=None):
+    """Turn an error of writing `what` into a UserError that also says what is free (and needed, bytes), and what happens then."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:            # torch.save turns some errors of the disk into RuntimeErrors
+        cause = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
+        needed = f"it needs {needs / 2 ** 20:,.1f} MB, " if needs is not None else ""
+        raise UserError(f"--out: {what} could not be written ({str(cause).splitlines()[0]}): {needed}"
+                        f"{shutil.disk_usage(folder).free / 2 ** 20:,.1f} MB are free; {then}", status=1) from None
+
+
 def write_json(path, value):
     """write_atomically, for readable JSON."""
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
+SEAL = b"sha256 of all before: "    # after the zip archive that torch.save writes; readers of zip look for its end, and do not mind
+
+
+def save_sealed(state, file):
+    """torch.save, and a checksum of the whole file. Zip has one for each part but none for its tables, where a flipped bit
+    can go unnoticed and change tensors."""
+    torch.save(state, file)
+    file.flush()
+    file.write(SEAL + _sha256(file.name, file.tell()))
+
+
+def _sha256(path, size):
+    """Of the file's first bytes, that many."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for at in range(0, size, 2 ** 22):
+            digest.update(file.read(min(2 ** 22, size - at)))
+    return digest.digest()
+
+
 def damage(path):
-    """What is wrong with a file of torch.save, by its structure and the checksums of its parts; None if nothing is."""
+    """What is wrong with a file of save_sealed, or of torch.save by the checksums of its parts; None if nothing is."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            return f"{broken} does not match its checksum"
+        size = max(0, path.stat().st_size - len(SEAL) - hashlib.sha256().digest_size)
+        with open(path, "rb") as file:
+            file.seek(size)
+            end = file.read()
+        if end.startswith(SEAL):
+            if end[len(SEAL):] != _sha256(path, size):
+                return "it does not match its checksum"
+        else:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                return f"{broken} does not match its checksum"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # mmap: no more than the structure is read
     except Exception as error:                          # zipfile and torch raise half a dozen kinds
         return (str(error).splitlines() or [type(error).__name__])[0][:100]
@@ -588,6 +641,7 @@ def size_of(state):
 
 
 _in_use = weakref.WeakValueDictionary()    # a folder's inode -> the lock that this process holds on it
+os.register_at_fork(after_in_child=lambda: [lock.file.close() for lock in _in_use.values()])    # loaders' workers outlive a killed run by seconds
 
 
 class Lock:
@@ -624,32 +678,33 @@ class Run:
         theirs_file = self.folder / "config.json"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out: {self.folder} is a file; name a folder")
-        if self.config.fresh and theirs_file.exists() and theirs_file.stat().st_size:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0     # by torchrun --max-restarts: --fresh is done
+        if self.config.fresh and not restarted and theirs_file.exists() and theirs_file.stat().st_size:
             self._take()
             number = next(n for n in range(1, 10_000) if not self.folder.with_name(f"{self.folder.name}.old-{n}").exists())
             self.folder.rename(self.folder.with_name(f"{self.folder.name}.old-{number}"))
             say(f"{self.folder} set aside as {self.folder.name}.old-{number}")
-        if theirs_file.exists():
+        if not theirs_file.exists():
             try:
-                theirs = json.loads(theirs_file.read_text())
-            except ValueError:
-                raise UserError(f"--out: {theirs_file} is not readable; name another --out, or set this one aside with --fresh")
-            differ = [f"{name} ({_text(theirs.get(name))}, now {_text(mine.get(name))})" for name in {**theirs, **mine}
-                      if name not in NOT_THE_RUN and theirs.get(name) != mine.get(name)]
-            if differ:
-                raise UserError(f"--out: {self.folder} holds a run with another {', '.join(sorted(differ))}; "
-                                f"name another --out, or set this one aside with --fresh")
-            finished = (self.folder / "result.json").exists()
-            if not finished:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 self._take()
-            return finished
+                if not theirs_file.exists():            # nor has another process written it since
+                    write_json(theirs_file, mine)
+            except OSError as error:
+                raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(theirs_file, mine)
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
-        self._take()
-        return False
+            theirs = json.loads(theirs_file.read_text())
+        except ValueError:
+            raise UserError(f"--out: {theirs_file} is not readable; name another --out, or set this one aside with --fresh")
+        differ = [f"{name} ({_text(theirs.get(name))}, now {_text(mine.get(name))})" for name in {**theirs, **mine}
+                  if name not in NOT_THE_RUN and theirs.get(name) != mine.get(name)]
+        if differ:
+            raise UserError(f"--out: {self.folder} holds a run with another {', '.join(sorted(differ))}; "
+                            f"name another --out, or set this one aside with --fresh")
+        finished = (self.folder / "result.json").exists()
+        if not finished:
+            self._take()
+        return finished
 
     def _take(self):
         inode = self.folder.stat().st_ino               # a folder's name changes when it is set aside
@@ -733,7 +788,7 @@ class Run:
 
         Where the mean loss is not finite, all processes stop together: UserError, before the step changes any weight.
         """
-        flags = [float(_signal == signal.SIGTERM), float(_signal == signal.SIGINT), float(len(unreadable))]
+        flags = [float(_signal == signal.SIGTERM or _orphaned()), float(_signal == signal.SIGINT), float(len(unreadable))]
         vector = all_sum(torch.cat([values.detach().double() / world_size(),
                                     torch.tensor(flags, dtype=torch.float64, device=self.device)]))
         *means, terminated, interrupted, bad = vector.tolist()
@@ -763,9 +818,10 @@ class Run:
         values = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
         self._since = (now, step)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}    # JSON has no inf
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}        # JSON has no inf
+        with one_line_if_disk_fails("metrics.jsonl", self.folder, "the same command continues from the last checkpoint"):
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
         if not self._bar.disable:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}")
         if step % max(1, self.steps // 10) < self.config.log_every or evaluated:
@@ -787,19 +843,19 @@ class Run:
         if rank() == 0:
             state = {"step": step, "notes": notes or {}, **{name: part.state_dict() for name, part in parts.items()}}
             last = self.folder / "last.pt"
-            try:
-                write_atomically(last, lambda file: torch.save(state, file), keep=self.folder / "previous.pt")
-            except (OSError, RuntimeError) as error:    # torch.save turns some errors of the disk into RuntimeErrors
-                kept = f"{last}, of an earlier step, is as it was" if last.exists() else "there was none before it"
-                raise UserError(f"--out: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): it needs "
-                                f"{size_of(state) / 2 ** 20:,.1f} MB, {shutil.disk_usage(self.folder).free / 2 ** 20:,.1f} MB are free; {kept}",
-                                status=1) from None
+            then = f"{last}, of an earlier step, is as it was" if last.exists() else "there was none before it"
+            broken = [name for name, tensor in state.get("model", {}).items() if not tensor.isfinite().all()]
+            if broken:
+                raise UserError(f"step {step}: {broken[0]} of the model is not finite, and no checkpoint is written; {then}", status=1)
+            with one_line_if_disk_fails(f"the checkpoint of step {step}", self.folder, then, size_of(state)):
+                write_atomically(last, lambda file: save_sealed(state, file), keep=self.folder / "previous.pt")
 
     def finish(self, model, config, **result):
         """model.pt (weights and the model's config, what --init and --tokenizer take) and result.json: the run is finished."""
         if rank() == 0:
             kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
-            write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
-            write_json(self.folder / "result.json", result)
+            with one_line_if_disk_fails("model.pt or result.json", self.folder, "the same command writes them again", size_of(kept)):
+                write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
+                write_json(self.folder / "result.json", result)
         if dist.is_initialized():
             dist.barrier()                              # the others may read model.pt next
