@@ -89,7 +89,7 @@ WRONG = {
         ("--init none --scale 1", "--scale: expected 2 arguments"), ("--init none --scale 2 1", "--scale: two numbers above 0, the smaller first"), ("--init none --scale 1 inf", "--scale: a finite number"),
         ("--init none --layer-decay 1.5", "--layer-decay: above 0, up to 1"), ("--init none --label-smoothing -0.1", "--label-smoothing: from 0 to 1"), ("--init none --mixup -1", "--mixup: 0 or above"),
         ("--init none --ema 1", "--ema: from 0 to below 1"), ("--init none --randaugment 11", "--randaugment: from 0 to 10"), ("--init none --eval-crop 2", "--eval-crop: above 0, up to 1"),
-        ("--init none --labels 0", "--labels: at least 1"), ("--init none --labels 3", "--labels: from 10, one a class, to 10000"), ("--init none --labels 20", "--batch-size: 32 is more than the 20 training images"),
+        ("--init none --labels 0", "--labels: at least 1"), ("--init none --labels 3", "--labels: from 10, one a class, to 10000"), ("--init none --batch-size 20000", "--batch-size: 20000 is more than the 10000 training images"),
         ("--init none --validate 10000", "--validate: from 1 to 9999"), ("--init none --task segmentation --labels 50", "--labels: maps have no one class"), ("--init none --neighbours 0", "--neighbours: at least 1"),
         ("--init none --task segmentation --data cifar10", "--data: cifar10 has no maps"), ("--init none --data F/images", "--data: F/images needs train/ and val/"), ("--init none --data F/one-class", "--data: F/one-class/train must hold"),
         ("--init none --data F/unknown-class", "--data: F/unknown-class/val has class c"), ("--init none --task segmentation --data F/images", "--data: F/images lacks images/training"),
