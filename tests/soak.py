@@ -27,9 +27,7 @@ def stat(pid):
     """(parent, threads, start time, resident MB, open files) of a living process, or None."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if fields[0] == "Z":
-            return None
-        return int(fields[1]), int(fields[17]), int(fields[19]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd"))
+        return None if fields[0] == "Z" else (int(fields[1]), int(fields[17]), int(fields[19]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd")))
     except (OSError, IndexError):
         return None
 
@@ -120,5 +118,4 @@ def main():
     sys.exit(bool(failures))
 
 
-if __name__ == "__main__":
-    main()
+main()
