@@ -5,6 +5,7 @@ Under torchrun also: what K processes do together, and how much of it is communi
 """
 import argparse
 import copy
+import math
 import os
 import platform
 import statistics
@@ -77,9 +78,10 @@ class Bench:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.precision = training.Precision(args.precision, device)
-        self.rows, self.held, self.in_fp32 = {}, {}, None
+        self.rows, self.held, self.in_fp32, self.names = {}, {}, None, []
 
     def add(self, name, function, count, unit, flops=None):
+        self.names.append(name)
         if "limit" in name or not self.args.only or any(words in name for words in self.args.only):
             self.rows[name] = (function, count, unit, flops)
 
@@ -373,7 +375,7 @@ def main():
     parser.add_argument("--data", help="a folder of images to load; default: made-up JPEGs of 500x375")
     parser.add_argument("--rounds", type=int, default=3, help="times that all rows are measured, in turn (3)")
     parser.add_argument("--seconds", type=float, default=1.0, help="a row is called at least so long in each round (1)")
-    parser.add_argument("--only", nargs="*", metavar="WORDS", help="only the rows whose name holds one of these words, and the limits")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="only the rows whose name holds one of these words, and the limits")
     parser.add_argument("--out", default="bench.json", help="where the figures go (bench.json)")
     parser.add_argument("--verbose", action="store_true", help="say what is being measured")
     with training.one_line_errors():
@@ -383,6 +385,11 @@ def main():
                 raise training.UserError(f"--{name.replace('_', '-')}: at least 1, not {getattr(args, name)}")
         if any(workers < 1 for workers in args.workers):
             raise training.UserError(f"--workers: at least 1 each, not {min(args.workers)}")
+        if not 0 <= args.seconds < math.inf:
+            raise training.UserError(f"--seconds: 0 or above, and finite, not {args.seconds}")
+        if args.data and not Path(args.data).is_dir():
+            raise training.UserError(f"--data: {args.data} is not a folder of images")
+        training.check_file_to_write(args.out, "--out")
         with training.processes(args) as device:
             report(args, device)
 
@@ -406,6 +413,9 @@ def report(args, device):
         flops = add_models(bench, config, side)
         for name, (formula, counter) in flops.items():
             training.say(f"{name}: {formula / 1e9:.2f} GFLOP an image by formula, {counter / 1e9:.2f} by torch.utils.flop_counter")
+        for words in args.only or ():
+            if not any(words in name for name in bench.names):
+                raise training.UserError(f"--only: no row is called {words}; there are {', '.join(bench.names)}")
         table = bench.measure()
         memory = {name: bench.held.get(name, 0) + peak_memory(bench, function) for name, (function, *_, flops_) in bench.rows.items()
                   if flops_ and not name.startswith(("limit", "backbone forward"))}

@@ -142,6 +142,8 @@ class TorchvisionImages:
             self.dataset = getattr(torchvision.datasets, DATASETS[name])(root, train=split == "train", download=False)
         except RuntimeError:
             raise ValueError(f"data_root: {root} has no {FOLDERS[name]}") from None
+        except Exception as error:                      # files that are there, and empty or cut off
+            raise ValueError(f"data_root: {root} holds damaged files of {FOLDERS[name]}: {type(error).__name__} {error}") from None
         self.classes = list(self.dataset.classes)
 
     def __len__(self):
@@ -336,10 +338,10 @@ def few_labels(source, count, seed):
 
     Raises ValueError where a class has too few.
     """
-    labels, classes = source.labels(), len(source.classes)
+    classes = len(source.classes)
     if not classes <= count <= len(source):
         raise ValueError(f"labels: from {classes}, one a class, to {len(source)}, not {count}")
-    rng, chosen = np.random.default_rng([seed, count]), []
+    labels, rng, chosen = source.labels(), np.random.default_rng([seed, count]), []
     for k, extra in zip(range(classes), rng.permutation(classes) < count % classes):
         of_class, wanted = np.flatnonzero(labels == k), count // classes + int(extra)
         if len(of_class) < wanted:

@@ -73,6 +73,8 @@ class Config(training.RunConfig, vit.ViTConfig):
             raise ValueError("labels: maps have no one class to balance; only with --task classification, probe or knn")
         if self.init == "none" and (self.eval or self.task in ("probe", "knn")):
             raise ValueError(f"init: none leaves nothing to {'evaluate' if self.eval else 'look at'}; a model.pt of pretrain.py would do")
+        if self.epochs and self.task in ("probe", "knn"):
+            raise ValueError(f"epochs: not used with --task {self.task}, which takes --steps")
         if self.eval and self.task in ("probe", "knn"):
             raise ValueError(f"eval: only with --task classification or segmentation, not {self.task}")
         if self.image_hw[0] != self.image_hw[1]:

@@ -153,6 +153,16 @@ def build(Config, values):
 class Parser(argparse.ArgumentParser):
     """argparse's, with errors of one line: UserError."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:                                 # said here, a subcommand's come with the flags of that subcommand
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if "" in (value if isinstance(value, list) else [value]):       # an unset variable of the shell
+                self.error(f"{(action.option_strings or [action.dest])[0]}: something, not empty")
+        return namespace, unknown
+
     def error(self, message):                       # argparse would print the whole usage before it
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
@@ -275,6 +285,15 @@ def processes(config):
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_file_to_write(path, flag):
+    """UserError where no file of that name could be written: said before the work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag}: {path.parent} is not a folder")
 
 
 def choose_device(name):

@@ -497,8 +497,8 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
 
-def open_model(args, wanted=None):
-    """The model of --init; wanted: a class it must be. UserError names the flag."""
+def open_model(args, wanted=None, flag="--init"):
+    """The model of args.init; wanted: a class it must be. UserError names the flag."""
     default = f"runs/pretrain-{training.data_name(args.data)}/model.pt"
     path = args.init or default
     if not args.init and not Path(path).is_file():
@@ -507,7 +507,7 @@ def open_model(args, wanted=None):
     try:
         model, _ = weights.build(path)
     except ValueError as error:
-        raise UserError(f"--init: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
     if wanted and not isinstance(model, wanted):
         raise UserError(f"--init: {path} holds a {type(model).__name__}, not a {wanted.__name__}; a model.pt of pretrain.py would do")
     return model
@@ -580,10 +580,9 @@ def masks_for(args, grid, count):
 
 def number_to_mask(args, grid):
     """How many patches --ratio is on a grid. UserError where that is none or all."""
-    count = int(args.ratio * math.prod(grid))
-    if not 1 <= count < math.prod(grid):
-        raise UserError(f"--ratio: {args.ratio:g} masks {count} of {math.prod(grid)} patches; at least one, and not all")
-    return count
+    if not (0 < args.ratio < 1 and int(args.ratio * math.prod(grid)) >= 1):
+        raise UserError(f"--ratio: between 0 and 1 so that some of the {math.prod(grid)} patches are masked and some are not, not {args.ratio:g}")
+    return int(args.ratio * math.prod(grid))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -704,7 +703,7 @@ def attention_objects(args):
     torch.manual_seed(args.seed)
     models = {"pre-trained" if isinstance(model, vit.MaskedImageModel) else "trained": model}
     for path in args.compare:
-        models[str(Path(path).parent.name or path)] = open_model(argparse.Namespace(init=path, data=args.data))
+        models[str(Path(path).parent.name or path)] = open_model(argparse.Namespace(init=path, data=args.data), flag="--compare")
     models["random weights"] = vit.VisionTransformer(model.config).eval()
     scenes = [data.render_scene("val", index) for index in range(args.count or 500)]
     ratios = {"all patches": {}, "without neighbours": {}}
@@ -797,16 +796,22 @@ def main():
             command.add_argument(f"--{flag}", **how, help=text)
     with training.one_line_errors():
         args = parser.parse_args()
-        for name in ("count", "codes", "size", "dpi"):
-            if getattr(args, name, None) is not None and getattr(args, name) < 1:
-                raise UserError(f"--{name}: at least 1, not {getattr(args, name)}")
-        for name in ("first", "seed"):
-            if getattr(args, name, 0) < 0:
-                raise UserError(f"--{name}: 0 or above, not {getattr(args, name)}")
+        for name in ("count", "codes", "size", "grid"):
+            numbers = getattr(args, name, None)
+            if numbers is not None and min(numbers if name == "grid" else [numbers]) < 1:
+                raise UserError(f"--{name}: at least 1, not {numbers}")
+        for name, least, most in (("first", 0, 2 ** 63 - 1), ("seed", 0, 2 ** 32 - 1), ("dpi", 1, 1200)):
+            if not least <= getattr(args, name, least) <= most:
+                raise UserError(f"--{name}: from {least} to {most}, not {getattr(args, name)}")
         args.data = getattr(args, "data", "shapes")
         out = Path(args.out or f"runs/{args.what}.png")
         if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
             raise UserError(f"--out: a file that ends in .png, .pdf, .svg or .jpg, not {out}")
+        if out.is_dir():
+            raise UserError(f"--out: {out} is a folder; name a file")
+        there = next(folder for folder in out.absolute().parents if folder.exists())
+        if not there.is_dir():
+            raise UserError(f"--out: {there} is not a folder")
         figure = FIGURES[args.what](args)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=args.dpi)

@@ -19,7 +19,7 @@ import torch
 
 import dvae
 import vit
-from training import Parser, UserError, one_line_errors, say, write_atomically, write_json
+from training import Parser, UserError, check_file_to_write, one_line_errors, say, write_atomically, write_json
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 
@@ -215,8 +215,11 @@ def load_tokenizer(path, flag="--tokenizer"):
             return load_dalle(path, beside if beside.exists() else None)
         if not isinstance(found, dict) or found.get("kind") != "DiscreteVAE":
             raise ValueError(f"{path} holds {kind_of(found)}")
-        model = dvae.DiscreteVAE(**found["config"])
-        model.load_state_dict(found["model"])
+        try:
+            model = dvae.DiscreteVAE(**found["config"])
+            model.load_state_dict(found["model"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds a tokenizer whose weights and sizes do not fit ({' '.join(str(error).split())[:100]})") from None
         return model.eval().requires_grad_(False)
     except ValueError as error:
         raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None
@@ -568,6 +571,10 @@ def main():
         savers = {"huggingface": save_huggingface, "timm": save_timm, "beit": save_beit}
         if args.to and args.to[0] not in savers:
             raise UserError(f"--to: huggingface, timm or beit, not {args.to[0]}")
+        if args.to and args.to[0] == "huggingface" and Path(args.to[1]).is_file():
+            raise UserError(f"--to: {args.to[1]} is a file; huggingface takes a folder")
+        if args.to and args.to[0] != "huggingface":
+            check_file_to_write(args.to[1], "--to")
         try:
             model, info = build(args.file)
             describe(args.file, info, model)

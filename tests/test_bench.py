@@ -44,14 +44,3 @@ def test_it_reports(tmp_path, monkeypatch, capsys):
     assert step["tflops"] == pytest.approx(step["rate"] * (report["gflop_per_image"]["tokenizer"]["formula"]
                                                            + report["gflop_per_image"]["backbone forward and backward"]["formula"]) / 1e3)
     assert step["peak_memory_bytes"] > 0
-
-
-@pytest.mark.parametrize("flags, named", [(["--batch-size", "0"], "--batch-size"), (["--model", "huge"], "--model"), (["--workers", "0"], "--workers"),
-                                          (["--data", "no-folder"], "--data"), (["--precison", "fp32"], "--precison")])
-def test_wrong_flags_are_one_line(flags, named, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", *flags])
-    with pytest.raises(SystemExit) as error:
-        bench.main()
-    printed = capsys.readouterr().err
-    assert error.value.code == 2 and printed.count("\n") == 1 and named in printed and not list(tmp_path.iterdir())

@@ -91,30 +91,7 @@ def test_crops_are_distributed_as_in_torchvision():
     assert data.random_crop_box(1000, 10, rng, (0.9, 1.0)) == (493, 0, 506, 10)    # nothing fits: the centre, at 4:3
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(workers):
-    def load(workers):
-        batches = GlobalBatches(30, 6, seed=0, start=1, stop=7)
-        return list(data._loader(views(), batches, workers, CPU))
-    for a, b in zip(load(0), load(workers), strict=True):
-        assert same(a, b)
-
-
 # batches -------------------------------------------------------------------------------------------------------------
-
-def test_processes_and_parts_share_one_global_batch():
-    whole = list(GlobalBatches(50, 12, seed=3, start=0, stop=9))
-    for world, parts in ((1, 3), (2, 1), (3, 2), (4, 3)):
-        ranks = [list(GlobalBatches(50, 12, seed=3, start=0, stop=9, parts=parts, rank=r, world_size=world)) for r in range(world)]
-        for step in range(9):
-            pieces = [key for part in range(parts) for r in range(world) for key in ranks[r][step * parts + part]]
-            assert pieces == whole[step]
-
-
-def test_continuing_gives_the_batches_that_were_left():
-    whole = list(GlobalBatches(50, 12, seed=3, start=0, stop=9))
-    assert list(GlobalBatches(50, 12, seed=3, start=5, stop=9)) == whole[5:]
-
 
 def test_an_epoch_shows_no_image_twice():
     keys = [key for batch in GlobalBatches(50, 12, seed=3, start=0, stop=8) for key in batch]

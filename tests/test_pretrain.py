@@ -320,31 +320,6 @@ def test_too_many_unreadable_images_end_the_run(tokenizer, tmp_path):
         train(tokenizer, tmp_path / "out", "--data", tmp_path / "images", "--preset", "demo", "--steps", "26", "--workers", "1")
 
 
-def test_token_grids_that_do_not_match(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="^--token-image-size: 24 makes a 6x6 token grid, the patch grid is 4x4; 16 matches"):
-        train(tokenizer, tmp_path / "out", "--token-image-size", "24")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "fashion-mnist", "--data-root", "/absent"], "--data-root: /absent has no"),
-    (["--tokenizer", "/absent"], "--tokenizer: /absent does not exist"), (["--batch-size", "20000"], "--batch-size: 20000 is more than the 10000"), (["--stepz", "3"], "--stepz: no such flag"),
-])
-def test_errors_are_one_line_and_leave_nothing(tmp_path, flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path / "out"), *flags])
-    with pytest.raises(SystemExit) as end:
-        pretrain.main()
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith(f"pretrain.py: error: {message}") and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_error_ends_the_program_without_a_traceback(tmp_path):
-    process = start("--out", tmp_path / "out", "--batch-size", "0")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err == "pretrain.py: error: --batch-size: at least 1, not 0\n" and not (tmp_path / "out").exists()
-
-
 # processes and signals -----------------------------------------------------------------------------------------------
 
 def one_and_two_processes(out, *flags):

@@ -366,9 +366,3 @@ def test_draws_without_a_display(tmp_path):
 def test_without_weights_the_command_that_makes_them_is_named(monkeypatch, capsys, tmp_path):
     status, error, _ = command(monkeypatch, capsys, tmp_path, "positions")
     assert status == 2 and "`python pretrain.py` makes it" in error and error.count("\n") == 1
-
-
-def test_a_place_that_cannot_be_written_is_one_line(monkeypatch, capsys, run):
-    (run / "file").write_text("")
-    status, error, _ = command(monkeypatch, capsys, run, "positions", "--out", "file/a.png")
-    assert status == 2 and error.startswith("visualize.py: error: file") and error.count("\n") == 1

@@ -426,14 +426,3 @@ def test_command_line(tmp_path, capsys, monkeypatch, target, check):
     out = tmp_path / "out"
     written = next(p for p in out.iterdir() if p.suffix in (".bin", ".safetensors")) if check else out
     assert torch.equal(weights.load(written)[0]["head.weight"], weights.load(path)[0]["head.weight"])
-
-
-@pytest.mark.parametrize("flags, message", [(["gone.pt"], "gone.pt does not exist"), (["."], "is a folder"), (["{}", "--to", "onnx", "x"], "--to: huggingface, timm or beit"),
-                                            (["{}", "--to", "timm"], "--to: expected 2 arguments"), (["{}", "--out", "x"], "--out: no such flag")])
-def test_command_line_errors(tmp_path, capsys, monkeypatch, flags, message):
-    path = save({"model": vit.MaskedImageModel(backbone(), 5).state_dict()}, tmp_path / "beit.pth")
-    monkeypatch.setattr("sys.argv", ["weights.py", *(flag.format(path) for flag in flags)])
-    with pytest.raises(SystemExit) as exit:
-        weights.main()
-    said = capsys.readouterr().err
-    assert exit.value.code == 2 and message in said and said.count("\n") == 1
