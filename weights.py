@@ -81,7 +81,7 @@ def read(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/")[2] for name in archive.namelist()}
-        except zipfile.BadZipFile:
+        except Exception:                               # zipfile has more errors than its own
             raise ValueError(damaged) from None
         if "data.pkl" not in names or "constants.pkl" in names:
             raise ValueError(f"{path} is a zip archive, but not one of torch.save with weights")
@@ -326,7 +326,7 @@ def check_shapes(state, config, path):
     try:
         with torch.device("meta"):
             expected = vit.VisionTransformer(config).state_dict()
-    except (RuntimeError, OverflowError) as error:      # sizes beyond all memory
+    except (RuntimeError, ValueError, OverflowError) as error:      # sizes beyond all memory
         raise ValueError(f"{path} is no BEiT: {' '.join(str(error).split())[:100]}") from None
     for name, tensor in expected.items():
         if name not in state and not name.startswith(("norm.", "mask_token")):
