@@ -4,9 +4,11 @@ Every draw is a function of (seed, epoch, index) alone: neither the number of wo
 changes anything. Between processes images travel as uint8.
 """
 import colorsys
+import errno
 import functools
 import math
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,7 @@ FOLDERS = {"fashion-mnist": "FashionMNIST/raw (four unpacked files such as train
            "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 ORIENTATION = 0x0112    # EXIF's tag
+warnings.filterwarnings("ignore", module=r"PIL\.")    # of odd tags and the like, two lines for each file that has them
 HELD_OUT = 50    # of a folder without val/, every 50th image is kept from training
 
 
@@ -219,6 +222,10 @@ class LabelledFolder(Folder):
         return self.of
 
 
+class WrongMap(ValueError):
+    """(file, what it is): a map that can be read, and does not fit its image or its classes."""
+
+
 IGNORE = 255    # in a map: not to be predicted, nor counted
 
 
@@ -247,27 +254,35 @@ class SegmentationFolder(Folder):
     def target(self, index):
         with Image.open(self.maps[index]) as file:
             if file.mode not in ("L", "P"):
-                raise ValueError(f"data: {self.maps[index]} is not a map of 8-bit class numbers, but mode {file.mode}")
+                raise WrongMap(self.maps[index], f"is not a map of 8-bit class numbers, but mode {file.mode}")
             numbers = np.array(file)
         found = numbers[numbers != IGNORE].max(initial=0)
         if found > len(self.classes):
-            raise ValueError(f"data: {self.maps[index]} holds class {found}, there are {len(self.classes)}")
+            raise WrongMap(self.maps[index], f"holds class {found}, there are {len(self.classes)}")
         return np.where((numbers == 0) | (numbers == IGNORE), IGNORE, numbers - 1).astype(np.uint8)
 
     def image(self, index):
         image = super().image(index)
         with Image.open(self.maps[index]) as file:
             if file.size != image.size:
-                raise ValueError(f"data: {self.maps[index]} is {file.size[0]}x{file.size[1]}, its image {image.size[0]}x{image.size[1]}")
+                raise WrongMap(self.maps[index], f"is {file.size[0]}x{file.size[1]}, its image {image.size[0]}x{image.size[1]}")
         return image
 
 
 def segmentation_classes(folder):
-    """The names in ADE20K's objectInfo150.txt, a tab-separated table with a line of titles; without the file, 150 numbers."""
+    """The names in ADE20K's objectInfo150.txt, a tab-separated table with a line of titles; without the file, 150 numbers.
+    ValueError for another table: 1 to 254 classes, since a map has 8 bits, and 0 and IGNORE are none."""
     table = folder / "objectInfo150.txt"
     if not table.exists():
         return [str(number) for number in range(1, 151)]
-    return [line.split("\t")[-1].split(",")[0].strip() for line in table.read_text().splitlines()[1:] if line.strip()]
+    try:
+        lines = table.read_text(encoding="utf-8").splitlines()[1:]
+    except UnicodeDecodeError:
+        raise ValueError(f"data: {table} is not a table of class names: it is not text") from None
+    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    if not 1 <= len(classes) < IGNORE:
+        raise ValueError(f"data: {table} names {len(classes)} classes, below its line of titles; from 1 to {IGNORE - 1} can be told apart")
+    return classes
 
 
 def open_splits(data, root):
@@ -386,8 +401,12 @@ def image_paths(folder):
                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
 
 
+IN_A_ROW = 20    # unreadable images, at least, before none is looked for to take their place
+
+
 class CorruptImages:
-    """Keeps count of unreadable images: each is named once, and too many in an epoch are an error."""
+    """Keeps count of unreadable images and wrong maps, as `read` reports them: each is named once, and too many in an epoch
+    are an error."""
 
     def __init__(self, images_per_epoch, say, state=None):
         self.limit, self.say = max(1, images_per_epoch // 100), say
@@ -398,19 +417,26 @@ class CorruptImages:
         return [self.names, self.epoch, self.in_epoch]
 
     def warn(self, names):
-        """Name each image that was not named before."""
+        """Name each image that was not named before. OSError where none could take their place."""
+        self._name(names)
+        if len(names) >= IN_A_ROW:
+            raise OSError(errno.EIO, f"cannot be read, nor can the {IN_A_ROW - 1} images after it", names[0].partition("\t")[0])
+
+    def _name(self, names):
         for name in names:
             if name not in self.names:
                 self.names.append(name)
-                self.say(f"warning: {name} cannot be read; the next image takes its place")
+                path, _, reason = name.partition("\t")
+                self.say(f"warning: {path} {reason or 'cannot be read'}; the next image takes its place")
 
     def add(self, epoch, names):
         """names: what was unreadable in one global batch. Raises ValueError above 1 % of an epoch (and above one image)."""
-        self.warn(names)
+        self._name(names)
         self.in_epoch = len(names) + (self.in_epoch if epoch == self.epoch else 0)
         self.epoch = epoch
         if self.in_epoch > self.limit:
-            raise ValueError(f"data: more than 1 % of the images of an epoch cannot be read: {', '.join(self.names[:10])}")
+            some = ", ".join(self.names[:10]).replace("\t", " ")
+            raise ValueError(f"data: more than 1 % of the images of an epoch cannot be read: {some}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,14 +465,17 @@ def centre_box(width, height):
 
 
 def read(source, index, what=lambda source, index: source.image(index)):
-    """(image, its index, [] or [the name of the file that could not be read]): a broken file is replaced by the next that can
-    be read, or after 20 that cannot by None; CorruptImages stops the run before that matters."""
+    """(image, its index, [] or [the file that could not be read]): a broken file is replaced by the next that can be read, and
+    each is reported in its own turn. If more than 1 % in a row cannot, the image is None and all of them are reported, which
+    makes CorruptImages stop the run. A file is reported by its name; a wrong map by its name, a tab and what it is."""
     unreadable = []
-    for candidate in range(index, index + 20):
+    for candidate in range(index, index + max(IN_A_ROW, len(source) // 50)):
         try:
-            return what(source, candidate % len(source)), candidate % len(source), unreadable
+            return what(source, candidate % len(source)), candidate % len(source), unreadable[:1]
+        except WrongMap as error:
+            unreadable.append("\t".join(error.args))
         except Exception:                            # image decoders raise whatever they like on broken files
-            unreadable = [source.name(index)]
+            unreadable.append(source.name(candidate % len(source)))
     return None, index, unreadable
 
 
@@ -554,8 +583,9 @@ class Labelled(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         sample, _, unreadable = read(self.source, index, lambda source, i: (source.image(i), source.target(i)))
-        if sample is None:
-            raise ValueError(f"data: {unreadable[0]} and the 19 images after it cannot be read")
+        if sample is None:                              # anything: CorruptImages stops the run
+            mapped = isinstance(getattr(self.source, "source", self.source), SegmentationFolder)
+            sample = Image.new("RGB", (64, 64), GREY), np.zeros((64, 64), np.uint8) if mapped else 0
         image, target = sample
         if isinstance(target, np.ndarray):
             target = tv_tensors.Mask(torch.from_numpy(target))

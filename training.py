@@ -2,6 +2,7 @@
 and the folder of a run with its checkpoints and log. The loops themselves stand in the scripts.
 """
 import argparse
+import collections
 import dataclasses
 import difflib
 import fcntl
@@ -11,11 +12,13 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import time
+import types
 import typing
 import warnings
 import weakref
@@ -607,8 +610,101 @@ def _sha256(path, size):
     return digest.digest()
 
 
+class Refused(pickle.UnpicklingError):
+    """A file asks for something that weights do not need."""
+
+
+class Callable:
+    """A function that a pickle can call, and not change."""
+    __slots__ = ()
+
+
+def only_call(function):
+    """The function as a Callable."""
+    return type(function.__name__, (Callable,), {"__slots__": (), "__call__": staticmethod(function)})()
+
+
+def _plain(keys):
+    """The keys, if hashing them takes no time: tuples can be nested so deeply that it never ends, or overruns the stack."""
+    for key in keys:
+        if not isinstance(key, (str, bytes, int, float, type(None))):
+            raise Refused(f"a key of type {type(key).__name__}")
+    return keys
+
+
+def _tensor(storage, offset, size, stride, *more):
+    whole = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if min((offset, *size, *stride)) < 0 or math.prod(size) > whole or (math.prod(size) and last >= whole):
+        raise Refused(f"a tensor of {'x'.join(map(str, size))} out of {whole} numbers")    # torch would allocate the rest
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *more)
+
+
+def _ordered_dict(items=()):
+    return collections.OrderedDict([(_plain([key])[0], value) for key, value in items])
+
+
+TENSORS_AND_CONTAINERS = {
+    "collections.OrderedDict": only_call(_ordered_dict), "builtins.set": only_call(lambda items=(): set(_plain(list(items)))),
+    "torch.device": torch.device, "torch._utils._rebuild_tensor_v2": only_call(_tensor),
+    "torch._utils._rebuild_tensor": only_call(lambda storage, offset, size, stride: _tensor(storage, offset, size, stride, False, None)),
+    "torch._utils._rebuild_parameter": only_call(torch._utils._rebuild_parameter)}
+
+
+class TensorUnpickler(pickle._Unpickler):    # Python's own: the one in C allocates whatever size the file names
+    """Finds what is admitted, by name; torch.load adds the storages and reads their bytes."""
+    admitted = TENSORS_AND_CONTAINERS
+
+    def find_class(self, module, name):
+        full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        if full_name not in self.admitted:
+            raise Refused(full_name)
+        return self.admitted[full_name]
+
+    def load_setitem(self):
+        _plain(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        _plain(self.stack[::2])                         # since the mark: key, value, key, value, ...
+        super().load_setitems()
+
+    def load_dict(self):
+        _plain(self.stack[::2])
+        super().load_dict()
+
+    def load_additems(self):
+        _plain(self.stack)
+        super().load_additems()
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+                pickle.DICT[0]: load_dict, pickle.ADDITEMS[0]: load_additems}
+    for opcode in (pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        del dispatch[opcode[0]]                         # torch.save writes none of them
+
+
+def load_tensors(path, unpickler=TensorUnpickler, **options):
+    """What torch.save wrote there, on the CPU: tensors, containers and what the unpickler admits. Runs nothing in the file, and
+    takes no more memory than the file's size. Raises Refused, or whatever torch raises for a damaged file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):    # torch.save does not compress
+                raise ValueError("it would unpack to more than its size")
+    module = types.SimpleNamespace(__name__="pickle", Unpickler=unpickler, load=lambda file, **more: unpickler(file, **more).load())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # the older format compares the sources of classes: stand-ins have none
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module, **options)
+
+
+def _reason(error):
+    if isinstance(error, Refused):
+        return f"it asks for {error}"
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def damage(path):
-    """What is wrong with a file of save_sealed, or of torch.save by the checksums of its parts; None if nothing is."""
+    """What is wrong with a checkpoint of a run, by its checksum (without one, by those of zip's parts) and its structure; None
+    if nothing is."""
     try:
         size = max(0, path.stat().st_size - len(SEAL) - hashlib.sha256().digest_size)
         with open(path, "rb") as file:
@@ -622,10 +718,10 @@ def damage(path):
                 broken = archive.testzip()
             if broken:
                 return f"{broken} does not match its checksum"
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # mmap: no more than the structure is read
+        found = load_tensors(path, mmap=True)           # no more than the structure is read
+        return None if isinstance(found, dict) and {"step", "notes"} <= found.keys() else "it is no checkpoint of a run"
     except Exception as error:                          # zipfile and torch raise half a dozen kinds
-        return (str(error).splitlines() or [type(error).__name__])[0][:100]
-    return None
+        return _reason(error)
 
 
 def read_checkpoint(path, flag):
@@ -634,10 +730,9 @@ def read_checkpoint(path, flag):
     if not path.is_file():
         raise UserError(f"{flag}: {path} is not a file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
     except Exception as error:                          # torch.load raises a dozen kinds for files that are not checkpoints
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{flag}: {path} is not a checkpoint of ours ({reason})") from None
+        raise UserError(f"{flag}: {path} is not a checkpoint of ours ({_reason(error)})") from None
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise UserError(f"{flag}: {path} holds no model of ours")
     return checkpoint
@@ -646,7 +741,7 @@ def read_checkpoint(path, flag):
 def read_tensors(path):
     """What torch.save wrote there, on the CPU: tensors and containers, never code. UserError for a damaged file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except Exception as error:                          # torch.load raises a dozen kinds
         raise UserError(f"--out: {path} cannot be read ({type(error).__name__}); remove it, and it is made again") from None
 
@@ -712,8 +807,8 @@ class Run:
             except OSError as error:
                 raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
         try:
-            theirs = json.loads(theirs_file.read_text())
-        except ValueError:
+            theirs = dict(json.loads(theirs_file.read_text()).items())
+        except (ValueError, AttributeError, RecursionError):    # no JSON, or no object
             raise UserError(f"--out: {theirs_file} is not readable; name another --out, or set this one aside with --fresh")
         differ = [f"{name} ({_text(theirs.get(name))}, now {_text(mine.get(name))})" for name in {**theirs, **mine}
                   if name not in NOT_THE_RUN and theirs.get(name) != mine.get(name)]
@@ -768,13 +863,13 @@ class Run:
         log = self.folder / "metrics.jsonl"
         if log.exists():
             lines = []
-            for line in log.read_text().splitlines():
+            for line in log.read_bytes().splitlines(keepends=True):
                 try:
                     if json.loads(line)["step"] <= step:
-                        lines.append(line + "\n")
-                except (ValueError, KeyError):
+                        lines.append(line.rstrip() + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
-            write_atomically(log, lambda file: file.write("".join(lines).encode()))
+            write_atomically(log, lambda file: file.write(b"".join(lines)))
 
     def batches(self, loader):
         """An iterator over a data.train_loader; --profile shows the time it takes under "data"."""

@@ -5,13 +5,10 @@
 A checkpoint is a pickle, and unpickling runs whatever the file asks for. `read` lets a file ask for tensors, containers and
 inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
-import collections
 import json
 import math
 import pickle
 import re
-import types
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -19,7 +16,8 @@ import torch
 
 import dvae
 import vit
-from training import Parser, UserError, check_file_to_write, one_line_errors, say, write_atomically, write_json
+from training import (TENSORS_AND_CONTAINERS, Parser, Refused, TensorUnpickler, UserError, check_file_to_write, load_tensors,
+                      one_line_errors, say, write_atomically, write_json)
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 
@@ -27,10 +25,6 @@ LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.sa
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a file without running it
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Refused(pickle.UnpicklingError):
-    """A file asks for something that weights do not need."""
-
 
 class _Inert(type):
     """A class that a pickle can instantiate and fill, and not change."""
@@ -51,37 +45,16 @@ def stand_in(name):
     return _Inert(name.rpartition(".")[2], (StandIn,), {})
 
 
-class _Function:
-    """A function that a pickle can call, and not change."""
-    __slots__ = ()
-
-
-def _only_call(function):
-    return type(function.__name__, (_Function,), {"__slots__": (), "__call__": staticmethod(function)})()
-
-
 STAND_INS = {name: stand_in(name) for name in (
     "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock",
     "dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU",
     "torch.nn.modules.pooling.MaxPool2d", "argparse.Namespace", "torch.nn.modules.linear.Identity", "torch.nn.modules.upsampling.Upsample")}
-ADMITTED = {**STAND_INS, "collections.OrderedDict": collections.OrderedDict, "builtins.set": set, "torch.device": torch.device,
-            "torch._utils._rebuild_tensor": _only_call(torch._utils._rebuild_tensor),
-            "torch._utils._rebuild_tensor_v2": _only_call(torch._utils._rebuild_tensor_v2),
-            "torch._utils._rebuild_parameter": _only_call(torch._utils._rebuild_parameter)}
+ADMITTED = {**STAND_INS, **TENSORS_AND_CONTAINERS}
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """Finds what is ADMITTED; torch.load adds the storages and reads their bytes."""
-
-    def find_class(self, module, name):
-        full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"
-        if full_name not in ADMITTED:
-            raise Refused(full_name)
-        return ADMITTED[full_name]
-
-
-_restricted = types.SimpleNamespace(__name__="pickle", Unpickler=RestrictedUnpickler,
-                                    load=lambda file, **options: RestrictedUnpickler(file, **options).load())
+class RestrictedUnpickler(TensorUnpickler):
+    """Finds what is ADMITTED."""
+    admitted = ADMITTED
 
 
 def read(path):
@@ -108,7 +81,7 @@ def read(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/")[2] for name in archive.namelist()}
-        except zipfile.BadZipFile:
+        except Exception:                               # zipfile has more errors than its own
             raise ValueError(damaged) from None
         if "data.pkl" not in names or "constants.pkl" in names:
             raise ValueError(f"{path} is a zip archive, but not one of torch.save with weights")
@@ -116,9 +89,7 @@ def read(path):
         raise ValueError(f"{path} is not a file of torch.save: it begins with {head[:16]!r}")
     try:
         if is_zip or head.startswith(LEGACY_MAGIC):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")         # the older format compares the sources of classes: stand-ins have none
-                return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_restricted)
+            return load_tensors(path, RestrictedUnpickler)
         with open(path, "rb") as file:
             RestrictedUnpickler(file).load()
     except Refused as error:
@@ -163,8 +134,11 @@ def load_dalle(encoder, decoder=None):
                  groups=len({name.split(".")[1] for name in weights if name.startswith("blocks.group_")}),
                  blocks_per_group=len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.block_")}),
                  in_channels=weights["blocks.input.w"].shape[1])
-    with torch.device("meta"):
-        model = dvae.DiscreteVAE(**sizes)
+    try:
+        with torch.device("meta"):
+            model = dvae.DiscreteVAE(**sizes)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{encoder} does not fit DALL-E's architecture: {' '.join(str(error).split())[:200]}") from None
     _fill(model.encoder, weights, encoder)
     if decoder is None:
         model.decoder = None
@@ -178,18 +152,23 @@ def _pickled_module(path, expected):
     found = read(path)
     if not isinstance(found, STAND_INS[f"dall_e.{expected.lower()}.{expected}"]):
         raise ValueError(f"{path} holds {kind_of(found)}, not the pickled {expected} of DALL-E's public {expected.lower()}.pkl")
-    tensors = {}
+    tensors, seen = {}, set()
 
     def collect(module, prefix):
+        if id(module) in seen:                          # a file can nest a module in itself
+            return
+        seen.add(id(module))
         for name, tensor in module.__dict__.get("_parameters", {}).items():
-            tensors[prefix + name] = tensor.detach().float()
+            tensors[prefix + name] = tensor.detach()
         for name, child in module.__dict__.get("_modules", {}).items():
             collect(child, f"{prefix}{name}.")
     try:
         collect(found, "")
+        tensors = {name: tensor.float() for name, tensor in _no_larger_than(path, tensors).items()}
         for name in ("blocks.input.w", "blocks.output.conv.w"):
-            tensors[name]
-    except (KeyError, AttributeError, TypeError):
+            if tensors[name].dim() != 4:
+                raise TypeError(name)
+    except (KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path} holds a {expected} without the expected weights, such as blocks.input.w") from None
     return tensors
 
@@ -200,6 +179,27 @@ def _fill(part, weights, path):
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n", 1)[-1].split())[:200]
         raise ValueError(f"{path} does not fit DALL-E's architecture: {reason}") from None
+
+
+def _tokenizer_of_ours(found, path):
+    try:
+        state = {name: tensor.float() for name, tensor in _no_larger_than(path, found["model"]).items()}
+        if found["config"]["groups"] * found["config"]["blocks_per_group"] > len(state):
+            raise ValueError("more blocks than tensors")
+        with torch.device("meta"):                      # memory only for what the file holds
+            model = dvae.DiscreteVAE(**found["config"])
+        model.load_state_dict(state, assign=True)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} holds no whole DiscreteVAE: {' '.join(str(error).split())[:200]}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _no_larger_than(path, state):
+    """The state_dict, if its tensors are not made of the same few numbers of the file again and again. ValueError else."""
+    numbers = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    if numbers > Path(path).stat().st_size:
+        raise ValueError(f"{path} has {numbers:,} numbers in {Path(path).stat().st_size:,} bytes")
+    return state
 
 
 def load_tokenizer(path, flag="--tokenizer"):
@@ -215,12 +215,7 @@ def load_tokenizer(path, flag="--tokenizer"):
             return load_dalle(path, beside if beside.exists() else None)
         if not isinstance(found, dict) or found.get("kind") != "DiscreteVAE":
             raise ValueError(f"{path} holds {kind_of(found)}")
-        try:
-            model = dvae.DiscreteVAE(**found["config"])
-            model.load_state_dict(found["model"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds a tokenizer whose weights and sizes do not fit ({' '.join(str(error).split())[:100]})") from None
-        return model.eval().requires_grad_(False)
+        return _tokenizer_of_ours(found, path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None
 
@@ -251,9 +246,12 @@ def load(path):
             state = state[nest]
     if not isinstance(state, dict) or not any("patch_embed" in str(name) for name in state):
         raise ValueError(f"{path} holds {kind_of(found)}, not a Vision Transformer of ours, the released BEiT, timm or Hugging Face")
-    strangers = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor)]
+    strangers = [name for name, tensor in state.items() if not isinstance(tensor, torch.Tensor) or not isinstance(name, str)]
     if strangers:
-        raise ValueError(f"{path}: {strangers[0]} is not a tensor")
+        raise ValueError(f"{path}: {strangers[0]} is not {'a tensor' if isinstance(strangers[0], str) else 'the name of one'}")
+    empty = [name for name, tensor in _no_larger_than(path, state).items() if not tensor.numel()]
+    if empty:
+        raise ValueError(f"{path}: {empty[0]} is empty")
     source, dropped = "ours" if kind else "timm" if state is found else "released BEiT", []
     if any("patch_embeddings.projection" in name for name in state):
         source, beside = "Hugging Face", path.with_name("config.json")
@@ -266,14 +264,24 @@ def load(path):
                                       for name, value in found["config"]["vit"].items()})
         else:
             config = infer_config(state, beside)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError, TypeError, AttributeError) as error:
+        check_config(config, state)
+    except (KeyError, ValueError, IndexError, ArithmeticError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no BEiT: {type(error).__name__} {' '.join(str(error).split())[:100]}") from None
     check_shapes(state, config, path)
     head = next((state[name] for name in ("lm_head.weight", "head.weight") if name in state), None)
+    if head is not None and (head.dim() not in (2, 4) or head.dim() == 2 and head.shape[1] != config.dim):
+        raise ValueError(f"{path}: the head is {'x'.join(map(str, head.shape))}, the other tensors call for a width of {config.dim}")
     task = ("none" if head is None else "masked image modeling" if "lm_head.weight" in state
             else "segmentation" if head.dim() == 4 else "classification")
     return state, dict(source=source, task=task, config=config, outputs=None if head is None else len(head),
-                       classes=found["config"].get("classes") if kind else None, dropped=dropped)
+                       classes=_names_of_classes(found, path) if kind else None, dropped=dropped)
+
+
+def _names_of_classes(found, path):
+    names = found["config"].get("classes")
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: its classes are not a list of names")
+    return names
 
 
 def infer_config(state, beside=None):
@@ -300,10 +308,26 @@ def infer_config(state, beside=None):
                          layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0, **more)
 
 
+def check_config(config, state):
+    """ValueError or TypeError where values have the wrong kind, or call for more than the state_dict holds."""
+    whole = [*config.image_hw, config.patch_size, config.in_channels, config.dim, config.depth, config.heads]
+    if not all(type(number) is int and 0 < number < 2 ** 31 for number in whole):
+        raise TypeError(f"sizes are whole numbers, not {whole}")
+    if config.depth > len(state):
+        raise ValueError(f"{config.depth} blocks in {len(state)} tensors")
+    for name in ("pixel_mean", "pixel_std"):
+        values = getattr(config, name)
+        if len(values) not in (1, config.in_channels) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise ValueError(f"{name}: {config.in_channels} numbers, not {values}")
+
+
 def check_shapes(state, config, path):
     """ValueError where the backbone's tensors lack one, or contradict each other."""
-    with torch.device("meta"):
-        expected = vit.VisionTransformer(config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = vit.VisionTransformer(config).state_dict()
+    except (RuntimeError, ValueError, OverflowError) as error:      # sizes beyond all memory
+        raise ValueError(f"{path} is no BEiT: {' '.join(str(error).split())[:100]}") from None
     for name, tensor in expected.items():
         if name not in state and not name.startswith(("norm.", "mask_token")):
             raise ValueError(f"{path} lacks {name}")
@@ -367,6 +391,8 @@ def build(path):
     elif info["task"] == "classification":
         model = vit.ImageClassifier(config, info["outputs"])
     elif info["task"] == "segmentation":
+        if "decoder.0.weight" not in state or state["decoder.0.weight"].dim() != 4:
+            raise ValueError(f"{path} lacks decoder.0.weight")
         model = vit.SemanticSegmenter(config, info["outputs"], state["decoder.0.weight"].shape[1])
     else:
         model = vit.VisionTransformer(config)
