@@ -190,7 +190,7 @@ def _tokenizer_of_ours(found, path):
             model = dvae.DiscreteVAE(**found["config"])
         model.load_state_dict(state, assign=True)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} holds no whole DiscreteVAE: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path} holds a tokenizer whose weights and sizes do not fit ({' '.join(str(error).split())[:100]})") from None
     return model.eval().requires_grad_(False)
 
 
