@@ -252,10 +252,13 @@ class SegmentationFolder(Folder):
         self.classes = segmentation_classes(folder) if classes is None else classes
 
     def target(self, index):
-        with Image.open(self.maps[index]) as file:
-            if file.mode not in ("L", "P"):
-                raise WrongMap(self.maps[index], f"is not a map of 8-bit class numbers, but mode {file.mode}")
-            numbers = np.array(file)
+        try:
+            with Image.open(self.maps[index]) as file:
+                mode, numbers = file.mode, np.array(file)
+        except Exception:                            # image decoders raise whatever they like on broken files
+            raise WrongMap(self.maps[index], "cannot be read") from None
+        if mode not in ("L", "P"):
+            raise WrongMap(self.maps[index], f"is not a map of 8-bit class numbers, but mode {mode}")
         found = numbers[numbers != IGNORE].max(initial=0)
         if found > len(self.classes):
             raise WrongMap(self.maps[index], f"holds class {found}, there are {len(self.classes)}")
@@ -263,9 +266,13 @@ class SegmentationFolder(Folder):
 
     def image(self, index):
         image = super().image(index)
-        with Image.open(self.maps[index]) as file:
-            if file.size != image.size:
-                raise WrongMap(self.maps[index], f"is {file.size[0]}x{file.size[1]}, its image {image.size[0]}x{image.size[1]}")
+        try:
+            with Image.open(self.maps[index]) as file:
+                size = file.size
+        except Exception:
+            raise WrongMap(self.maps[index], "cannot be read") from None
+        if size != image.size:
+            raise WrongMap(self.maps[index], f"is {size[0]}x{size[1]}, its image {image.size[0]}x{image.size[1]}")
         return image
 
 
