@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoints
 import data
 import dvae
 import finetune
@@ -402,7 +403,7 @@ def report(args, device):
     if training.world_size() > 1:
         results = {"machine": words, "scaling": scaling(bench, config)}
         training.say(training.in_words(results["scaling"]))
-        training.on_first_process(training.write_json, Path(args.out), results)
+        training.on_first_process(checkpoints.write_json, Path(args.out), results)
         return
     side = config.grid[0] * 2 ** (TOKENIZERS[args.model].get("groups", 4) - 1)
     with tempfile.TemporaryDirectory() as made:
@@ -423,7 +424,7 @@ def report(args, device):
     print_table(table, memory)
     if in_fp32:
         training.say(f"an eager pre-training step in fp32 would take {in_fp32 / 2 ** 20:.0f} MB")
-    training.write_json(Path(args.out), {
+    checkpoints.write_json(Path(args.out), {
         "machine": words, "rows": {name: {**row, **({"peak_memory_bytes": memory[name]} if memory.get(name) else {})} for name, row in table.items()},
         "fp32_peak_memory_bytes": in_fp32, "gflop_per_image": {name: {"formula": formula / 1e9, "counted": counter / 1e9} for name, (formula, counter) in flops.items()}})
     training.say(f"written to {args.out}")

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
+import checkpoints
 import data
 import training
 import vit
@@ -400,7 +401,7 @@ def probe(config, device, views, val_views):
     training.say(f"{config.task}, {len(test_labels)} held-out images: {best:.4f} on the mean of layer {layer + 1}'s patches")
     if training.rank() == 0:
         draw_layers(table, config).savefig(run.folder / "layers.png", dpi=100)
-        training.write_json(run.folder / "result.json", {"top1": best.item(), "layer": layer.item() + 1, "top1_by_layer": table})
+        checkpoints.write_json(run.folder / "result.json", {"top1": best.item(), "layer": layer.item() + 1, "top1_by_layer": table})
 
 
 @torch.no_grad()
@@ -414,8 +415,8 @@ def frozen_features(config, device, views, val_views, folder):
         model.to(device).eval()
         precision = training.Precision(config.precision, device)
         extracted = [extract(model, images, config, precision, device) for images in (views, val_views)]
-        training.on_first_process(training.write_atomically, kept, lambda file: torch.save(extracted, file))
-    (features, labels), (test_features, test_labels) = training.read_tensors(kept)
+        training.on_first_process(checkpoints.write_atomically, kept, lambda file: torch.save(extracted, file))
+    (features, labels), (test_features, test_labels) = checkpoints.read_tensors(kept)
     features, test_features = features.to(device).float(), test_features.to(device).float()
     mean, std = features.mean(0), features.std(0) + 1e-6
     return (features - mean) / std, labels.to(device), (test_features - mean) / std, test_labels.to(device)

@@ -7,7 +7,6 @@ inert stand-ins of the classes in STAND_INS, by name, and for nothing else.
 """
 import json
 import math
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 
 import dvae
 import vit
-from training import (TENSORS_AND_CONTAINERS, Parser, Refused, TensorUnpickler, UserError, check_file_to_write, load_tensors,
-                      one_line_errors, say, write_atomically, write_json)
+from checkpoints import TENSORS_AND_CONTAINERS, Refused, TensorUnpickler, load_tensors, write_atomically, write_json
+from training import Parser, UserError, check_file_to_write, one_line_errors, say
 
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")    # how torch.save began until 1.6
 

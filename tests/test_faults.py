@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import data
-import training
 from conftest import ROOT
 from test_data import fill
 from test_pretrain import equal, log
@@ -233,7 +233,7 @@ def test_kill_9_at_each_moment_of_a_checkpoint_write(place, record_fault):
         assert len(log(out)) >= 6 and list(out.glob("*.part")), moment
         process.kill()
         end(process)
-        assert training.damage(out / "last.pt") is None and training.damage(out / "previous.pt") is None, moment
+        assert checkpoints.damage(out / "last.pt") is None and checkpoints.damage(out / "previous.pt") is None, moment
         reached.unlink()
     finish(place, "pretrain", *flags(place), "--out", out)
     assert same_end(out, place / "whole1")
@@ -406,7 +406,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(place, small_disk, record_fault):
     status, said = end(start(place, "pretrain", *flags(place), "--out", out))
     assert status == 1 and one_error(said, r"checkpoint of step 6 could not be written .*No space left.* needs 0\.\d MB, 0\.\d MB are free; .*last.pt, "
                                            r"of an earlier step, is as it was")
-    assert training.damage(out / "last.pt") is None and torch.load(out / "last.pt")["step"] == 4 and not list(out.glob("*.part"))
+    assert checkpoints.damage(out / "last.pt") is None and torch.load(out / "last.pt")["step"] == 4 and not list(out.glob("*.part"))
     small_disk(20 * size)
     finish(place, "pretrain", *flags(place), "--out", out)
     assert same_end(out, place / "whole1")
@@ -419,7 +419,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint(place, small_disk, record_fault):
 def test_a_disk_that_fills_up_at_other_files(place, small_disk, what, hurt, message, record_fault):
     out = small_disk(20 * (place / "whole1" / "last.pt").stat().st_size) / "run"
     status, said = end(start(place, "pretrain", *flags(place), "--save-every", 20, "--out", out, hurt=FULL + hurt))
-    assert status == 1 and one_error(said, message) and training.damage(out / "last.pt") is None and not (out / "model.pt").exists()
+    assert status == 1 and one_error(said, message) and checkpoints.damage(out / "last.pt") is None and not (out / "model.pt").exists()
     (out / "filler").unlink()
     finish(place, "pretrain", *flags(place), "--save-every", 20, "--out", out)
     assert same_end(out, place / "whole1")
@@ -454,17 +454,17 @@ def test_a_file_that_may_not_grow(place, record_fault):
 def test_any_bit_of_a_checkpoint_may_flip(place, tmp_path, record_fault):
     """Fifty anywhere, and more in zip's own tables, which its checksums leave out. The last is in the seal's own words."""
     whole = (place / "whole1" / "last.pt").read_bytes()
-    expected, path, rng = training.read_checkpoint(place / "whole1" / "last.pt", "--out"), tmp_path / "last.pt", random.Random(0)
+    expected, path, rng = checkpoints.read_checkpoint(place / "whole1" / "last.pt", "--out"), tmp_path / "last.pt", random.Random(0)
     path.write_bytes(whole)
     outside = [at for at in range(len(whole)) if whole[at:at + 4] in (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6", b"PK\6\7")]
     outside = sorted({at + i for at in outside for i in range(100) if at + i < len(whole)})
-    places = [rng.randrange(len(whole)) for _ in range(50)] + rng.sample(outside, 300) + [whole.rindex(training.SEAL)]
+    places = [rng.randrange(len(whole)) for _ in range(50)] + rng.sample(outside, 300) + [whole.rindex(checkpoints.SEAL)]
     harmless = 0
     for at in places:
         hurt = whole[at] ^ 1 << rng.randrange(8)
         path.write_bytes(whole[:at] + bytes([hurt]) + whole[at + 1:])
-        if not training.damage(path):
-            state = training.read_checkpoint(path, "--out")
+        if not checkpoints.damage(path):
+            state = checkpoints.read_checkpoint(path, "--out")
             assert same(state, expected), at
             harmless += 1
     record_fault(f"a bit of last.pt flipped ({harmless} of them change no tensor and are not noticed)", len(places))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import finetune
 import training
@@ -158,7 +159,7 @@ def test_images_that_vanish_in_a_run(tmp_path, record_fault):
         path.unlink()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and err.startswith("pretrain.py: error: --data: more than 1 %") and err.count("\n") == 1
-    assert training.damage(tmp_path / "a" / "last.pt") is None
+    assert checkpoints.damage(tmp_path / "a" / "last.pt") is None
     record_fault("all images vanish in a run", 1, 0)
 
 

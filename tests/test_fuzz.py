@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import checkpoints
 import data
 import dvae
 import training
@@ -324,18 +325,18 @@ def dall_e_pickles():
 
 
 def read_ours(path):
-    return training.read_checkpoint(path, "--init")
+    return checkpoints.read_checkpoint(path, "--init")
 
 
 def newest(path):
     """As Run.restore takes last.pt: what is not damaged can be loaded."""
-    wrong = training.damage(path)
+    wrong = checkpoints.damage(path)
     assert wrong is None or ("\n" not in wrong and wrong)
     if not wrong:
         read_ours(path)
 
 
-LOADERS = (weights.read, weights.load, weights.load_tokenizer, weights.load_dalle, read_ours, training.read_tensors, newest)
+LOADERS = (weights.read, weights.load, weights.load_tokenizer, weights.load_dalle, read_ours, checkpoints.read_tensors, newest)
 
 
 def test_the_whole_files_load(tmp_path):
@@ -348,7 +349,7 @@ def test_the_whole_files_load(tmp_path):
         weights.build(tmp_path / name)
     for name in ("encoder.pkl", "encoder-older.pkl", "tokenizer.pt"):
         weights.load_tokenizer(tmp_path / name)
-    assert training.damage(tmp_path / "last.pt") is None and read_ours(tmp_path / "last.pt")["step"] == 2
+    assert checkpoints.damage(tmp_path / "last.pt") is None and read_ours(tmp_path / "last.pt")["step"] == 2
 
 
 def test_our_checkpoints(tmp_path, record_fault):

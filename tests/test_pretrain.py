@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import checkpoints
 import data
 import dvae
 import pretrain
@@ -193,7 +194,7 @@ def test_every_objective_runs(tokenizer, tmp_path, flags):
         assert abs(lines[0]["loss"] - math.log(64)) < 0.5
     for name in ("config.json", "last.pt", "model.pt", "result.json", "predictions.png"):
         assert (tmp_path / name).stat().st_size > 0
-    checkpoint = training.read_checkpoint(tmp_path / "model.pt", "--init")
+    checkpoint = checkpoints.read_checkpoint(tmp_path / "model.pt", "--init")
     vit.MaskedImageModel(vit.ViTConfig(**checkpoint["config"]["vit"]), checkpoint["config"]["vocab_size"]).load_state_dict(checkpoint["model"])
 
 

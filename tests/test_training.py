@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoints
 import data
 import dvae
 import pretrain
@@ -140,13 +141,13 @@ def test_too_few_gpus(monkeypatch):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
-    training.write_atomically(path, lambda file: file.write(b"old"))
+    checkpoints.write_atomically(path, lambda file: file.write(b"old"))
 
     def break_off(file):
         file.write(b"ne")
         raise OSError("disk full")
     with pytest.raises(OSError):
-        training.write_atomically(path, break_off)
+        checkpoints.write_atomically(path, break_off)
     assert path.read_bytes() == b"old"
 
 
@@ -170,10 +171,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
         (tmp_path / name).write_bytes(content)
     for name in [*files, "zip-payload.pt", "list.pt", "absent.pt", "."]:
         with pytest.raises(UserError, match="^--tokenizer: ") as error:
-            training.read_checkpoint(tmp_path / name, "--tokenizer")
+            checkpoints.read_checkpoint(tmp_path / name, "--tokenizer")
         assert "\n" not in str(error.value)
     assert not marker.exists()
-    assert training.read_checkpoint(whole, "--tokenizer")["model"]["a"].sum() == 1000
+    assert checkpoints.read_checkpoint(whole, "--tokenizer")["model"]["a"].sum() == 1000
 
 
 def open_run(folder, **more):
@@ -267,7 +268,7 @@ def test_a_flip_of_any_bit_is_found_or_harmless(tmp_path):
     for _ in range(100):
         at = rng.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
-        assert training.damage(path) or torch.equal(torch.load(path)["model"]["weight"], expected), at
+        assert checkpoints.damage(path) or torch.equal(torch.load(path)["model"]["weight"], expected), at
 
 
 def test_two_damaged_checkpoints_are_an_error_and_stay(tmp_path):
