@@ -325,7 +325,7 @@ def check_shapes(state, config, path):
     try:
         with torch.device("meta"):
             expected = vit.VisionTransformer(config).state_dict()
-    except (RuntimeError, ValueError, OverflowError) as error:      # sizes beyond all memory
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:      # sizes beyond all memory
         raise ValueError(f"{path} is no BEiT: {' '.join(str(error).split())[:100]}") from None
     for name, tensor in expected.items():
         if name not in state and not name.startswith(("norm.", "mask_token")):
