@@ -267,7 +267,7 @@ def processes(config):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if world_size() > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join("nccl" if device.type == "cuda" else "gloo")
     handlers = {number: signal.signal(number, _remember_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield device
@@ -285,6 +285,16 @@ def check_file_to_write(path, flag):
         raise UserError(f"{flag}: {path} is a folder; name a file")
     if not path.parent.is_dir():
         raise UserError(f"{flag}: {path.parent} is not a folder")
+
+
+def join(backend):
+    """dist.init_process_group. Where one torchrun restarts processes, they meet in its old store: a place of its own for each
+    restart, else they would call on addresses of the dead. (Several torchruns do not count restarts alike: README.)"""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return dist.init_process_group(backend)
+    store, number, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"restart {restart}", store), rank=number, world_size=size)
 
 
 def choose_device(name):
