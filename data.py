@@ -2,6 +2,9 @@
 
 Every draw is a function of (seed, epoch, index) alone: neither the number of workers nor of processes nor a restart
 changes anything. Between processes images travel as uint8.
+
+torchvision and, in the scripts, matplotlib are imported where they are used: they take three of the five seconds that a script
+would need to begin.
 """
 import colorsys
 import errno
@@ -13,12 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
 
 from masking import blockwise_mask, random_mask
 
@@ -140,9 +140,10 @@ class TorchvisionImages:
     """Fashion-MNIST, CIFAR-10 or CIFAR-100 as torchvision reads them, grey images as RGB. Nothing is downloaded."""
 
     def __init__(self, name, root, split):
+        from torchvision import datasets
         self.label = f"{name}/{split}"
         try:
-            self.dataset = getattr(torchvision.datasets, DATASETS[name])(root, train=split == "train", download=False)
+            self.dataset = getattr(datasets, DATASETS[name])(root, train=split == "train", download=False)
         except RuntimeError:
             raise ValueError(f"data_root: {root} has no {FOLDERS[name]}") from None
         except Exception as error:                      # files that are there, and empty or cut off
@@ -595,6 +596,7 @@ class Labelled(Dataset):
             sample = Image.new("RGB", (64, 64), GREY), np.zeros((64, 64), np.uint8) if mapped else 0
         image, target = sample
         if isinstance(target, np.ndarray):
+            from torchvision import tv_tensors
             target = tv_tensors.Mask(torch.from_numpy(target))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng([self.seed, epoch, index]).integers(2 ** 63)))
@@ -609,11 +611,12 @@ def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, e
     erasing       probability that a rectangle is painted over with the mean colour
     eval_crop     side of the square that is evaluated, as a share of the shorter side
     """
+    from torchvision.transforms import v2
     if not train:
-        return v2.Compose([v2.Resize(round(size / eval_crop), InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
-    operation = v2.RandAugment(num_ops=1, magnitude=round(3 * randaugment), fill=GREY, interpolation=InterpolationMode.BILINEAR)
+        return v2.Compose([v2.Resize(round(size / eval_crop), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    operation = v2.RandAugment(num_ops=1, magnitude=round(3 * randaugment), fill=GREY, interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([
-        v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomResizedCrop(size, scale=(crop_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
         *[v2.RandomApply([operation], p=0.5) for _ in range(2) if randaugment],
         v2.PILToTensor(),
@@ -623,11 +626,13 @@ def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, e
 def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.4):
     """Image and map together. Training: the shorter side to scale[0]..scale[1] times size, a random crop of size x size
     (what lies outside the image is IGNORE), flip, colour jitter. Else as they are. Maps are resized by nearest neighbour."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
     if not train:
         return v2.Compose([v2.PILToTensor()])
     sides = sorted({round(size * (scale[0] + (scale[1] - scale[0]) * i / 32)) for i in range(33)})
     return v2.Compose([
-        v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomShortestSize(sides, interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: GREY, tv_tensors.Mask: IGNORE}),
         v2.RandomHorizontalFlip(),
         *[v2.ColorJitter(jitter, jitter, jitter) for _ in range(1) if jitter],

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -501,6 +500,7 @@ def train(config, device):
 def draw_tokenizer(model, images, counts, report, by_temperature, columns=16, rows=6):
     """A figure of the report: the first images over their soft and hard reconstructions; how often each code is used; the
     error by temperature; and for the most used codes, patches of the images (B, 3, H, W) that map to them."""
+    from matplotlib.figure import Figure                # here, where it is used: data.py says why
     figure = Figure(figsize=(13, 11), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.2, 3, 5))
 

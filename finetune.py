@@ -13,10 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
 
 import checkpoints
 import data
@@ -185,6 +182,7 @@ def build_model(config, classes):
 
 def mixing(config, num_classes):
     """(images, labels) -> (images, labels or (B, C) shares of classes): mixup or cutmix of the batch with its neighbours."""
+    from torchvision.transforms import v2               # here, where it is used: data.py says why
     ways = [way(alpha=alpha, num_classes=num_classes) for way, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
     if config.task != "classification" or not ways:
         return lambda images, labels: (images, labels)
@@ -509,6 +507,7 @@ def pictures(model, views, config, precision, device, count=12):
 def draw_predictions(images, labels, shares, classes, columns=4):
     """A figure of images (3, H, W) beside bars of their three most likely classes; the right one is dark."""
     rows = math.ceil(len(images) / columns)
+    from matplotlib.figure import Figure                # here, where it is used: data.py says why
     figure = Figure(figsize=(3.4 * columns, 1.5 * rows), layout="constrained")
     axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
     for axis in axes.flat:
@@ -532,6 +531,7 @@ def draw_segments(images, maps, shares, classes, columns=2):
     predicted = [share.argmax(0) for share in shares]
     occurring = sorted({int(k) for part in (*maps, *predicted) for k in part.unique()} - {data.IGNORE})
     rows = math.ceil(len(images) / columns)
+    from matplotlib.figure import Figure                # here, where it is used: data.py says why
     figure = Figure(figsize=(4.6 * columns, 1.55 * rows + 0.3 + 0.25 * math.ceil(len(occurring) / 6)), layout="constrained")
     axes = figure.subplots(rows, 3 * columns, squeeze=False)
     for axis in axes.flat:
@@ -554,6 +554,7 @@ def class_colours():
     hues, rounds = np.arange(256) * 0.61803 % 1, np.arange(256) // 12 % 3
     colours = np.stack([0.5 + 0.5 * np.cos(2 * np.pi * (hues + shift)) for shift in (0, 1 / 3, 2 / 3)], 1)
     colours = colours * (1 - 0.25 * rounds[:, None]) + 0.1 * rounds[:, None]
+    from matplotlib import colormaps
     colours[1:11] = colormaps["tab10"].colors
     colours[0], colours[data.IGNORE] = 0, 1
     return colours
@@ -561,6 +562,7 @@ def class_colours():
 
 def draw_layers(table, config):
     """Accuracy by layer, for each pooling."""
+    from matplotlib.figure import Figure                # here, where it is used: data.py says why
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for pooled, values in table.items():

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.profiler import record_function
 
 import data
@@ -210,6 +209,7 @@ def draw_predictions(columns):
     """A figure of columns, title -> (B, 3, ., .) in [0, 1]: one image a row, two rows side by side."""
     count = len(columns["original"])
     rows = math.ceil(count / 2)
+    from matplotlib.figure import Figure                # here, where it is used: data.py says why
     figure = Figure(figsize=(11, 1.4 * rows + 0.4), layout="constrained")
     for half, side in enumerate(figure.subfigures(1, 2, wspace=0.03)):
         axes = side.subplots(rows, len(columns), squeeze=False)

@@ -78,9 +78,15 @@ def main():
                             sum(found[4] for found in below.values()), sum(found[1] for found in below.values()), shm, len(os.listdir(out / "tmp"))))
             time.sleep(2)
         if told := process.poll() is None:
+            training = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_mtime > born
             process.send_signal(number)
             sent[number] += 1
-        error = process.communicate(timeout=120)[1]
+        try:
+            error = process.communicate(timeout=60)[1]
+        except subprocess.TimeoutExpired:               # Python can lose a signal that comes while it imports, not later
+            failures += [f"{number.name} was ignored after {time.time() - born - 60:.0f} s"] if training else []
+            process.send_signal(number)
+            error = process.communicate(timeout=60)[1]
         early = told and number == signal.SIGINT and process.returncode in (1, 130) and "KeyboardInterrupt" in error    # while importing
         if process.returncode not in ((-number, 0) if told else (0,)) and not early:
             failures.append(f"exit status {process.returncode} after {time.time() - born:.0f} s: {error.strip()[-300:]}")
@@ -118,4 +124,5 @@ def main():
     sys.exit(bool(failures))
 
 
-main()
+if __name__ == "__main__":
+    main()
