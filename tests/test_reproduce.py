@@ -42,7 +42,9 @@ def test_every_run_has_a_folder_of_its_own_and_flags_that_its_script_takes(tmp_p
         for job in reproduce.with_needs(claim(lab(tmp_path, scale))[0]):
             assert folders.setdefault(job.out, job) == job, f"two runs in {job.out}"
             if job.script in SCRIPTS:
-                config = training.parse(SCRIPTS[job.script].Config, SCRIPTS[job.script].PRESETS, list(job.flags))
+                task = [job.flags[job.flags.index("--task") + 1]] if "--task" in job.flags else []
+                preset = ["--preset", *task] if task in (["probe"], ["knn"]) else []            # which finetune.py adds by itself
+                config = training.parse(SCRIPTS[job.script].Config, SCRIPTS[job.script].PRESETS, [*job.flags, *preset])
                 assert config.out == str(job.out) and config.batch_size and config.device == "cpu"
 
 
