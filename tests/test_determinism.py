@@ -131,7 +131,7 @@ def equal(a, b):
 
 def finished(started):
     for process in started:
-        printed = process.communicate(timeout=120)
+        printed = process.communicate(timeout=400)
         assert process.returncode == 0, printed
 
 
@@ -142,7 +142,7 @@ def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
     whole = [start(tmp_path / f"{workers}", tokenizer, "--drop-path", "0.2", "--workers", str(workers)) for workers in WORKERS]
     for piece, at in enumerate((2, 5, 6, 10)):
         process = start(tmp_path / "pieces", tokenizer, "--drop-path", "0.2", "--workers", str(WORKERS[piece % 3]), stop_at=at)
-        printed = process.communicate(timeout=120)
+        printed = process.communicate(timeout=400)
         assert process.returncode == -signal.SIGTERM and f"stopped after step {at} of 12" in printed[0], printed
     finished([*whole, start(tmp_path / "pieces", tokenizer, "--drop-path", "0.2")])
     expected = log(tmp_path / "0")

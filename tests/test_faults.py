@@ -73,7 +73,7 @@ def pid_of_rank(process, rank):
     return min(pid for pid, variables in alive(process).items() if variables.get("RANK") == str(rank))
 
 
-def end(process, seconds=90):
+def end(process, seconds=240):
     """(exit status, what the run printed), when none of its processes is left; fails, and ends them, if they do not end by themselves."""
     deadline = time.monotonic() + seconds
     while process.poll() is None or alive(process):
@@ -108,7 +108,7 @@ def identity(path):
     return path.stat().st_ino if path.exists() else None
 
 
-def wait_until(true, process, seconds=60):
+def wait_until(true, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not true():
         assert process.poll() is None and time.monotonic() < deadline, process.said.read_text()
