@@ -170,7 +170,7 @@ def live_through(kills, place, out, victims, torchrun, seed):
         time.sleep(rng.random() * 0.03)
         victim = victims[n % len(victims)]
         os.kill(process.pid if victim == "agent" else pid_of_rank(process, victim), signal.SIGKILL)
-        status, said = end(process, 60)
+        status, said = end(process, 120)
         assert status != 0, said
     finish(place, "pretrain", *flags(place), "--out", out, torchrun=torchrun)
 
@@ -255,7 +255,7 @@ def test_kill_9_of_a_run_whose_loaders_have_workers(place, record_fault):
     finally:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
-    end(process, 30)
+    end(process, 60)
     assert workers and same_end(out, place / "whole1")
     record_fault("kill -9 with workers that live on", 1)
 
@@ -303,7 +303,7 @@ def test_a_signal_ends_the_run_at_the_step_and_nothing_is_left(place, number, re
         wait_for_steps(process, out, 4)
         process.send_signal(number)
     for process, out in zip(started, outs):
-        status, said = end(process, 60)
+        status, said = end(process, 120)
         assert (status == -number if out == outs[0] else status != 0) and re.search("SIG.*: stopped after step", said), said
         assert torch.load(out / "last.pt")["step"] == log(out)[-1]["step"] >= 4
     record_fault(f"{number.name}, to one process and to torchrun", 2)
@@ -380,7 +380,7 @@ def test_two_agents_and_the_one_that_holds_the_rendezvous_is_lost(place, record_
     first, second, _ = two_agents(place, out)
     wait_for_steps(first, out, 4)
     kill_all(first)
-    status, said = end(second, 60)
+    status, said = end(second, 120)
     assert status != 0, said
     for process in two_agents(place, out)[:2]:
         status, said = end(process)
