@@ -193,16 +193,17 @@ def damage(path):
         with open(path, "rb") as file:
             file.seek(size)
             end = file.read()
-        if end.startswith(SEAL):
-            if end[len(SEAL):] != _sha256(path, size):
-                return "it does not match its checksum"
-        else:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                return f"{broken} does not match its checksum"
-        found = load_tensors(path, mmap=True)           # no more than the structure is read
-        return None if isinstance(found, dict) and {"step", "notes"} <= found.keys() else "it is no checkpoint of a run"
+        sealed = end.startswith(SEAL)
+        if sealed and end[len(SEAL):] != _sha256(path, size):
+            return "it does not match its checksum"
+        found = load_tensors(path, mmap=True)           # no more than the structure is read, and nothing that unpacks to more
+        if not isinstance(found, dict) or not {"step", "notes"} <= found.keys():
+            return "it is no checkpoint of a run"
+        if sealed:
+            return None
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"{broken} does not match its checksum" if broken else None
     except Exception as error:                          # zipfile and torch raise half a dozen kinds
         return _reason(error)
 

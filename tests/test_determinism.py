@@ -109,7 +109,8 @@ pretrain.main()
 
 def start(folder, tokenizer, *flags, processes=1, stop_at=0):
     """pretrain.py on 120 scenes, five steps an epoch, for 12 steps; stop_at: SIGTERM in the middle of that step."""
-    (folder.parent / "run.py").write_text(RUN)
+    if not (folder.parent / "run.py").exists():         # others read it
+        (folder.parent / "run.py").write_text(RUN)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return subprocess.Popen([sys.executable, *launch, str(folder.parent / "run.py"), "--out", str(folder), *FLAGS, "--tokenizer", str(tokenizer), "--steps", "12",
                              *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP_AT": str(stop_at)})
