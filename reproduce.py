@@ -192,6 +192,7 @@ def table(head, rows):
 
 
 def axes(title, xlabel, ylabel, **more):
+    """A figure and its one panel."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **more)
@@ -396,6 +397,7 @@ def with_needs(jobs):
 
 
 def minutes(cost, parallel, rate=IMAGES_PER_SECOND):
+    """That so many images take, in so many processes."""
     return cost / rate / parallel / 60
 
 
