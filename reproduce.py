@@ -38,11 +38,11 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(tokenizer=16_000, pretrain=240_000, finetune={100: 16_000, 300: 16_000, 1000: 24_000, 5000: 40_000, 60_000: 96_000},
-                  shapes=20_000, tuned=True),
-    "quick": Scale(tokenizer=6_400, pretrain=24_000, finetune={100: 3_200, 1000: 8_000}, shapes=4_000, tuned=False),
+    "full": Scale(tokenizer=12_800, pretrain=96_000, finetune={100: 6_400, 300: 9_600, 1000: 19_200, 5000: 25_600, 60_000: 38_400},
+                  shapes=12_800, tuned=True),
+    "quick": Scale(tokenizer=6_400, pretrain=24_000, finetune={100: 3_200, 1000: 9_600}, shapes=3_200, tuned=False),
 }
-MODEL = dict(dim=96, depth=4, heads=4, batch_size=64)                                        # of every run
+MODEL = dict(dim=96, depth=4, heads=4, batch_size=32)                                        # of every run
 FASHION = dict(image_size=28, patch_size=4)                                                  # a 7x7 grid
 GRID = (1e-3, 2e-3, 4e-3)                                                                    # learning rates that are tried
 LEARNING_RATES = {"scratch": 2e-3, "pixels": 2e-3, "pixels, random": 2e-3}                   # chosen at full scale; of all others:
@@ -138,7 +138,7 @@ class Lab:
 
     def recipe(self, start, name, images, lr, seed, **flags):
         """A fine-tuning job from a pre-trained one, or from None: scratch, where no layer learns more slowly than another."""
-        size = FASHION if flags.get("data", "fashion-mnist") == "fashion-mnist" else {}
+        size = {**FASHION, "crop_scale": 0.8} if flags.get("data", "fashion-mnist") == "fashion-mnist" else {}
         init = dict(init=start.out / "model.pt", layer_decay=0.75) if start else dict(init="none", layer_decay=1.0)
         needs = [*([start] if start else []), *flags.pop("needs", ())]
         extra = 4_000 if size else 1_000                # what evaluating costs, in images trained on
@@ -149,7 +149,7 @@ class Lab:
         """(the best of GRID for fine-tuning from start, the jobs that are needed to know)."""
         if not self.scale.tuned:
             return LEARNING_RATES.get(arm, LEARNING_RATE), ()
-        tries = {lr: self.recipe(start, f"tune-{slug(arm)}-{lr:g}", self.scale.finetune[LABELS], lr, 100, labels=LABELS, validate=5000,
+        tries = {lr: self.recipe(start, f"tune-{slug(arm)}-{lr:g}", self.scale.finetune[LABELS] // 2, lr, 100, labels=LABELS, validate=5000,
                                  eval_every=100_000) for lr in GRID}
         known = all(job.finished for job in tries.values())
         return max(GRID, key=lambda lr: tries[lr].result["top1"]) if known else LEARNING_RATE, tuple(tries.values())
@@ -159,7 +159,7 @@ class Lab:
         lr, tuning = self.learning_rate(tuned_as or arm, tuned_on or start)
         images = self.scale.finetune[labels]
         return self.recipe(start, f"finetune-{slug(arm)}-{labels}-{seed}", images, lr, seed, needs=tuning, labels=labels,
-                           eval_every=max(1, images // MODEL["batch_size"] // 12) if labels == self.convergence_labels else 100_000)
+                           eval_every=max(1, images // MODEL["batch_size"] // 6) if labels == self.convergence_labels else 100_000)
 
     @property
     def convergence_labels(self):
