@@ -31,6 +31,7 @@ class ViTConfig:
     drop_path: float = 0.1    # stochastic depth of the last block, rising linearly from 0 in the first
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN    # red, green, blue; released ImageNet-22K checkpoints: 0.5 0.5 0.5
     pixel_std: tuple[float, float, float] = IMAGENET_STD    # likewise; released ImageNet-22K checkpoints: 0.5 0.5 0.5
+    init_std: float = 0.02    # of initial weights (sec. 2.5); 0.02 sqrt(768 / dim) keeps at another width what base starts from
 
     def __post_init__(self):
         for name in ("patch_size", "in_channels", "dim", "depth", "heads"):
@@ -46,6 +47,8 @@ class ViTConfig:
             raise ValueError(f"drop_path: from 0 to below 1, not {self.drop_path}")
         if self.layer_scale < 0:
             raise ValueError(f"layer_scale: 0 (none) or above, not {self.layer_scale}")
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"init_std: above 0, not {self.init_std}")
         if not self.mlp_ratio * self.dim >= 1:
             raise ValueError(f"mlp_ratio: large enough for one hidden unit at dim {self.dim}, not {self.mlp_ratio}")
         if not all(0 < std for std in self.pixel_std):
@@ -208,7 +211,7 @@ class VisionTransformer(nn.Module):
     """H_0 = [e_[S], E x^p_1, ..., E x^p_N] + E_pos, then L blocks (sec. 2.2).
 
     Initialisation (sec. 2.5)
-        all weight matrices, [S], [M], E_pos    normal, std 0.02, cut at +-1 std (the cut is the released code's)
+        all weight matrices, [S], [M], E_pos    normal, std init_std = 0.02, cut at +-1 std (the cut is the released code's)
         attn.proj and mlp.fc2 of block l        the same, divided by sqrt(2 l), l from 1
         biases, relative-position tables        0
         LayerNorm                               weight 1, bias 0
@@ -239,10 +242,10 @@ class VisionTransformer(nn.Module):
         self.initialise()
 
     @torch.no_grad()
-    def initialise(self, std=0.02):
+    def initialise(self):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
-                truncated_normal_(parameter, std)
+                truncated_normal_(parameter, self.config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for layer, block in enumerate(self.blocks, start=1):

@@ -131,16 +131,17 @@ def test_loss_at_initialisation_is_ln_v(position):
     assert abs(loss.item() - math.log(8192)) < 0.1
 
 
-def test_initialisation():
+@pytest.mark.parametrize("std", [0.02, 0.04])
+def test_initialisation(std):
     torch.manual_seed(0)
-    model = MaskedImageModel(small(dim=192, depth=8, position="relative"), 512)
-    inner = 0.02 * 0.5396                                              # std of a normal cut at +-1 std
+    model = MaskedImageModel(small(dim=192, depth=8, position="relative", **({} if std == 0.02 else dict(init_std=std))), 512)
+    inner = std * 0.5396                                               # std of a normal cut at +-1 std
     for layer, block in enumerate(model.blocks, start=1):
         for weight, scale in ((block.attn.qkv.weight, 1), (block.mlp.fc1.weight, 1), (block.attn.proj.weight, math.sqrt(2 * layer)),
                               (block.mlp.fc2.weight, math.sqrt(2 * layer))):
-            assert weight.std().item() == pytest.approx(inner / scale, rel=0.03) and weight.abs().max() <= 0.02 / scale + 1e-6
+            assert weight.std().item() == pytest.approx(inner / scale, rel=0.03) and weight.abs().max() <= std / scale + 1e-6
         assert not any(p.any() for p in (block.attn.q_bias, block.attn.relative_position_bias_table, block.mlp.fc2.bias))
-    assert model.lm_head.weight.std().item() == pytest.approx(inner, rel=0.03)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02 * 0.5396, rel=0.03)
     assert model.cls_token.any() and model.mask_token.any()
 
 
@@ -268,7 +269,8 @@ def test_positions_that_fit_no_grid():
 
 
 @pytest.mark.parametrize("wrong", [dict(patch_size=7), dict(heads=5), dict(depth=0), dict(drop_path=1.0), dict(position="sine"),
-                                   dict(layer_scale=-1.0), dict(patch_size=64), dict(pixel_std=(0.0, 1.0, 1.0))])
+                                   dict(layer_scale=-1.0), dict(patch_size=64), dict(pixel_std=(0.0, 1.0, 1.0)),
+                                   dict(init_std=0.0)])
 def test_wrong_configs_name_the_field(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
         small(**wrong)
