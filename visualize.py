@@ -366,14 +366,15 @@ def figure_positions(model):
 
 def read_runs(folders):
     """label -> metrics.jsonl's lines, one a step, of each run's folder (or metrics.jsonl); the labels are the fields in which
-    their config.json differ. ValueError names a file that is not there or not a log."""
+    their config.json differ. A last line that a run has not finished writing is left out. ValueError names a file that is not
+    there, not a log or not a config."""
     logs, configs = [], []
     for folder in map(Path, folders):
         file = folder if folder.suffix == ".jsonl" else folder / "metrics.jsonl"
         if not file.is_file():
             raise ValueError(f"{file} is not there; a folder that a training script left would do")
-        steps = {}
-        for line in file.read_text().splitlines():
+        steps, text = {}, file.read_text(errors="replace")
+        for line in text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]:
             try:
                 entry = json.loads(line)
                 steps[entry["step"]] = entry            # of a step logged twice, the later
@@ -383,7 +384,10 @@ def read_runs(folders):
             raise ValueError(f"{file} is empty")
         logs.append([steps[step] for step in sorted(steps)])
         beside = file.with_name("config.json")
-        configs.append({**(json.loads(beside.read_text()) if beside.is_file() else {}), "out": str(file.parent)})
+        try:
+            configs.append({**(json.loads(beside.read_text()) if beside.is_file() else {}), "out": str(file.parent)})
+        except (ValueError, TypeError):
+            raise ValueError(f"{beside} is not the config of a run") from None
     differing = [key for key in {key: None for config in configs for key in config}
                  if key not in ("out", "data_root", "workers", "fresh") and len({json.dumps(config.get(key)) for config in configs}) > 1]
     labels = [", ".join(f"{key} {config.get(key)}" for key in differing[:4]) or config["out"] for config in configs]

@@ -266,6 +266,22 @@ def test_curves_are_labelled_by_what_differs(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
 
 
+def test_logs_that_are_half_written_or_damaged(tmp_path):
+    folder = log_of(tmp_path / "a")
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole + '{"step": 51, "lo')                   # a run that is writing
+    assert [line["step"] for line in visualize.read_runs([folder])[str(folder)]] == list(range(1, 51))
+    for text, named in ((whole + '{"step": 51, "lo\n', "is not a log of a training script: .{\"step\": 51"), ("[1]\n", "is not a log"), ("", "is empty")):
+        (folder / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=f"a/metrics.jsonl {named}"):
+            visualize.read_runs([folder])
+    (folder / "metrics.jsonl").write_text(whole)
+    for text in ("{", "[1]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="a/config.json is not the config of a run"):
+            visualize.read_runs([folder])
+
+
 def test_one_run_is_called_by_its_folder(tmp_path):
     assert list(visualize.read_runs([log_of(tmp_path / "a") / "metrics.jsonl"])) == [str(tmp_path / "a")]
 
