@@ -236,6 +236,8 @@ def pretraining(lab):
         figure, axis = axes("Fashion-MNIST, fine-tuned", "labelled images", "test accuracy, %", xscale="log")
         for arm, style in zip(starts, ("o-", "s--", "^:")):
             errorbars(axis, list(lab.scale.finetune), [top1[arm, labels] for labels in lab.scale.finetune], names[arm], style)
+        axis.set_xticks(list(lab.scale.finetune), [f"{labels:,}" for labels in lab.scale.finetune])
+        axis.minorticks_off()
         axis.legend()
         return table(["top-1, %", *[f"{labels:,} labels" for labels in lab.scale.finetune], "learning rate", "paper: ImageNet, all labels"],
                      [[names[arm], *[spread(top1[arm, labels]) for labels in lab.scale.finetune], f"{lab.learning_rate(arm, starts[arm])[0]:g}", paper[arm]]
@@ -519,7 +521,8 @@ def write(lab, claim, args, seeds):
     name = claim if args.scale == "full" else f"{claim}-{args.scale}"
     spent = sum(job.seconds for job in with_needs(jobs)) / 60
     text = (f"`python reproduce.py {claim} --scale {args.scale}{f' --seeds {seeds}' if args.seeds else ''}`: {CLAIMS[claim].__doc__}. "
-            f"Mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}; {len(with_needs(jobs))} runs, {spent:.0f} minutes of one core.\n\n{text}")
+            f"{f'Mean ± standard deviation of {seeds} seeds' if ' ± ' in text else 'One seed'}; {len(with_needs(jobs))} runs, "
+            f"{spent:.0f} minutes of one core.\n\n{text}")
     folder = Path(args.figures)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"reproduce-{name}.md").write_text(text)
