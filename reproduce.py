@@ -46,7 +46,7 @@ MODEL = dict(dim=96, depth=4, heads=4, position="absolute", layer_scale=0, init_
              batch_size=32)                                                                  # 0.057 = 0.02 sqrt(768 / 96)
 FASHION = dict(image_size=28, patch_size=4)                                                  # a 7x7 grid
 GRID = (1e-3, 2e-3, 4e-3)                                                                    # learning rates that are tried
-LEARNING_RATES = {"scratch": 1e-3, "pixels": 4e-3, "pixels, random": 4e-3}                   # chosen at full scale; of all others:
+LEARNING_RATES = {"scratch": 1e-3, "pixels": 4e-3, "pixels, random": 4e-3, "recover all": 4e-3}    # chosen at full scale; of all others:
 LEARNING_RATE = 2e-3
 
 # Table 4: row -> (flags of pretrain.py, ImageNet top-1, ADE20K mIoU in the paper)
