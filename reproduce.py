@@ -261,12 +261,12 @@ def ablations(lab):
                                             (panels[1], maps, "mean_iou", "shapes: mean IoU, %")):
             values = [[100 * job.result[measure] for job in group[row]] for row in rows]
             means = [statistics.mean(some) for some in values]
-            axis.barh(places, means, xerr=[statistics.stdev(some) if len(some) > 1 else 0 for some in values], height=0.6, capsize=3,
-                      color=["tab:blue"] + ["lightsteelblue"] * 5)
-            axis.set(title=title, yticks=places, yticklabels=[TITLES[row] for row in rows],
-                     xlim=(max(0, min(means) - 0.5 * (max(means) - min(means)) - 2), None))
-        return table(["", f"top-1, {LABELS:,} labels", "paper: ImageNet", "mean IoU, shapes", "paper: ADE20K"],
-                     [[TITLES[row], spread([job.result["top1"] for job in jobs[row]]), ABLATIONS[row][1],
+            axis.errorbar(means, places, xerr=[statistics.stdev(some) if len(some) > 1 else 0 for some in values], fmt="o", capsize=3)
+            axis.set(title=title, yticks=places, yticklabels=[TITLES[row] for row in rows])
+            axis.margins(x=0.1, y=0.1)
+            axis.grid(alpha=0.3)
+        return table(["", f"top-1, {LABELS:,} labels", "paper: ImageNet", "mean IoU, shapes, one seed", "paper: ADE20K"],
+                     [[TITLES[row], spread([job.result["top1"] for job in jobs[row]]), f"{ABLATIONS[row][1]:.2f}",
                        spread([job.result["mean_iou"] for job in maps[row]]), ABLATIONS[row][2]] for row in rows]), figure
     return [job for group in (*jobs.values(), *maps.values()) for job in group], report
 
