@@ -604,6 +604,8 @@ class Run:
             theirs = dict(json.loads(theirs_file.read_text()).items())
         except (ValueError, AttributeError, RecursionError):    # no JSON, or no object
             raise UserError(f"--out: {theirs_file} is not readable; name another --out, or set this one aside with --fresh")
+        if "init_std" in mine:                          # runs older than the flag had its default
+            theirs.setdefault("init_std", type(self.config).init_std)
         differ = [f"{name} ({_text(theirs.get(name))}, now {_text(mine.get(name))})" for name in {**theirs, **mine}
                   if name not in NOT_THE_RUN and theirs.get(name) != mine.get(name)]
         if differ:

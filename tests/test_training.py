@@ -197,6 +197,17 @@ def test_out_continues_refuses_and_sets_aside(tmp_path):
     assert (tmp_path / "run.old-1" / "result.json").exists() and not (folder / "result.json").exists()
 
 
+def test_a_run_from_before_init_std_continues(tmp_path):
+    file = tmp_path / "run/config.json"
+    open_run(tmp_path / "run").finish(nn.Linear(1, 1), {}, loss=1.0)
+    config = json.loads(file.read_text())
+    del config["init_std"]
+    file.write_text(json.dumps(config))
+    assert open_run(tmp_path / "run").finished
+    with pytest.raises(UserError, match="init_std .0.02, now 0.05."):
+        open_run(tmp_path / "run", init_std=0.05)
+
+
 def test_out_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
