@@ -7,6 +7,7 @@ Every arm has the same images, model, steps and recipe, and the same small searc
 labels, for half the steps, compared on 5,000 other training images. The test images are for the final numbers alone.
 """
 import json
+import math
 import os
 import re
 import statistics
@@ -152,30 +153,33 @@ class Lab:
         """Weights as they are before any training: one step at a learning rate of nearly nothing."""
         return self.pretrained("pixels", images=MODEL["batch_size"], suffix="-random-weights", lr=1e-12)
 
-    def recipe(self, start, name, images, lr, seed, **flags):
-        """A fine-tuning job from a pre-trained one, or from None: scratch, where no layer learns more slowly than another."""
+    def recipe(self, start, name, images, lr, seed, evaluations=1, **flags):
+        """A fine-tuning job from a pre-trained one, or from None: scratch, where no layer learns more slowly than another.
+        It is evaluated so many times, the last at its end."""
         size = {**FASHION, "crop_scale": 0.8} if flags.get("data", "fashion-mnist") == "fashion-mnist" else {}
         init = dict(init=start.out / "model.pt", layer_decay=0.75) if start else dict(init="none", layer_decay=1.0)
         needs = [*([start] if start else []), *flags.pop("needs", ())]
-        extra = 4_000 if size else 1_000                # what evaluating costs, in images trained on
+        extra = evaluations * (4_000 if size else 1_000)    # what evaluating costs, in images trained on
+        every = 100_000 if evaluations == 1 else math.ceil(images // MODEL["batch_size"] / evaluations)
         return self.training("finetune.py", name, images, needs, (1 if size else 1.6) * images + extra, seed=seed, lr=lr, **init, **flags,
-                             **{**MODEL, **size})
+                             eval_every=every, **{**MODEL, **size})
 
     def learning_rate(self, arm, start):
         """(the best of GRID for fine-tuning from start in half the steps, the jobs that are needed to know)."""
         if not self.scale.tuned:
             return LEARNING_RATES.get(arm, LEARNING_RATE), ()
-        tries = {lr: self.recipe(start, f"tune-{slug(arm)}-{lr:g}", self.scale.finetune[LABELS] // 2, lr, 100, labels=LABELS, validate=5000,
-                                 eval_every=100_000) for lr in GRID}
+        tries = {lr: self.recipe(start, f"tune-{slug(arm)}-{lr:g}", self.scale.finetune[LABELS] // 2, lr, 100, labels=LABELS, validate=5000)
+                 for lr in GRID}
         known = all(job.finished for job in tries.values())
         return max(GRID, key=lambda lr: tries[lr].result["top1"]) if known else LEARNING_RATE, tuple(tries.values())
 
     def finetuned(self, arm, start, labels, seed, tuned_as=None, tuned_on=None):
-        """Classification of Fashion-MNIST; the learning rate is that of the arm tuned_as, found from tuned_on."""
+        """Classification of Fashion-MNIST; the learning rate is that of the arm tuned_as, found from tuned_on. Runs that
+        convergence shows are evaluated on the way: six times, which takes longer than their training at the quick scale."""
         lr, tuning = self.learning_rate(tuned_as or arm, tuned_on or start)
-        images = self.scale.finetune[labels]
-        return self.recipe(start, f"finetune-{slug(arm)}-{labels}-{seed}", images, lr, seed, needs=tuning, labels=labels,
-                           eval_every=max(1, images // MODEL["batch_size"] // 6) if labels == self.convergence_labels else 100_000)
+        shown = labels == self.convergence_labels and arm in ("BEiT", "scratch")
+        return self.recipe(start, f"finetune-{slug(arm)}-{labels}-{seed}", self.scale.finetune[labels], lr, seed, 6 if shown else 1,
+                           needs=tuning, labels=labels)
 
     @property
     def convergence_labels(self):
@@ -183,7 +187,7 @@ class Lab:
 
     def segmented(self, name, start, seed):
         return self.recipe(start, f"segment-{slug(name)}-{seed}", self.scale.shapes, 3e-3, seed, data="shapes", task="segmentation",
-                           decoder_dim=64, eval_every=100_000)
+                           decoder_dim=64)
 
 
 def slug(text):
@@ -312,7 +316,7 @@ def longer(lab):
 def segmentation(lab):
     """Table 3: segmentation of shapes from scratch, pre-trained, and after intermediate fine-tuning on their labels"""
     start = lab.pretrained(data="shapes")
-    middle = lab.recipe(start, "intermediate", lab.scale.shapes, 3e-3, 0, data="shapes", eval_every=100_000)
+    middle = lab.recipe(start, "intermediate", lab.scale.shapes, 3e-3, 0, data="shapes")
     starts = {"from scratch": None, "BEiT": start, "BEiT + intermediate fine-tuning": middle}
     jobs = {name: [lab.segmented(name, one, seed) for seed in lab.seeds] for name, one in starts.items()}
 

@@ -61,6 +61,17 @@ def test_fine_tuning_has_the_learning_rate_that_the_held_out_split_chose(tmp_pat
     assert after.flags[after.flags.index("--lr") + 1] == "0.004" and "--validate" not in after.flags
 
 
+@pytest.mark.parametrize("scale", list(reproduce.SCALES))
+def test_only_runs_of_the_convergence_figure_are_evaluated_on_the_way(tmp_path, scale):
+    one = lab(tmp_path, scale)
+    shown = {job.out for job in reproduce.convergence(one)[0]}
+    for job in planned(one):
+        if job.script == "finetune.py" and "--eval-every" in job.flags:
+            steps, every = (int(job.flags[job.flags.index(flag) + 1]) for flag in ("--steps", "--eval-every"))
+            evaluations = len({step for step in range(1, steps + 1) if step % every == 0 or step == steps})
+            assert evaluations == (6 if job.out in shown else 1), job.out
+
+
 def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
     for wanted in ("tune-", ""):                                       # the others' learning rates are known after these
         for job in planned(lab(tmp_path / "runs" / "full", seeds=3)):
