@@ -579,7 +579,7 @@ class Run:
         self.finished = on_first_process(self._open)
         self.start = 0
         self.told = 0                                   # the signal that a process of the run received
-        self._since, self._bar, self._order = (time.perf_counter(), 0), None, None
+        self._since, self._reached, self._bar, self._order = (time.perf_counter(), 0), None, None, None
 
     def _open(self):
         mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
@@ -702,6 +702,7 @@ class Run:
         vector = all_sum(torch.cat([values.detach().double() / world_size(),
                                     torch.tensor(flags, dtype=torch.float64, device=self.device)]))
         *means, terminated, interrupted, bad = vector.tolist()
+        self._reached = time.perf_counter()
         self.told = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         if not math.isfinite(means[0]):
             last = self.folder / "last.pt"
@@ -721,13 +722,13 @@ class Run:
         step counts finished steps, from 1. values: numbers, loss and lr among them, or tensors of one, which are read only now:
         reading them at each step would make the GPU wait for the CPU, and the CPU for the GPU.
         """
-        now, (then, before) = time.perf_counter(), self._since
+        now, (then, before) = self._reached, self._since
         evaluated = any(name.startswith("val_") for name in values)
         if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or evaluated):
             return
         values = {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
-        self._since = (now, step)
+        self._since = (time.perf_counter() if evaluated else now, step)                # evaluating is not training
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}        # JSON has no inf
         with one_line_if_disk_fails("metrics.jsonl", self.folder, "the same command continues from the last checkpoint"):
             with open(self.folder / "metrics.jsonl", "a") as file:

@@ -197,6 +197,18 @@ def test_out_continues_refuses_and_sets_aside(tmp_path):
     assert (tmp_path / "run.old-1" / "result.json").exists() and not (folder / "result.json").exists()
 
 
+def test_images_per_second_leaves_out_what_evaluating_takes(tmp_path, monkeypatch):
+    run, clock = open_run(tmp_path / "run", batch_size=8, log_every=1), [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    for step in run.progress("train"):
+        clock[0] += 2
+        run.exchange(step + 1, torch.ones(1))
+        clock[0] += 100 * (step % 2)
+        run.log(step + 1, loss=1.0, lr=0.1, **({"val_loss": 1.0} if step % 2 else {}))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines] == [4.0] * 10
+
+
 def test_a_run_from_before_init_std_continues(tmp_path):
     file = tmp_path / "run/config.json"
     open_run(tmp_path / "run").finish(nn.Linear(1, 1), {}, loss=1.0)

@@ -388,7 +388,7 @@ def test_a_segmenter_leaves_its_decoder_behind(tmp_path):
 
 
 def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
-    library = pytest.importorskip("safetensors.torch")
+    pytest.importorskip("safetensors.torch")
     model = randomised(vit.ImageClassifier(backbone("relative"), 5))
     weights.save_timm(model, tmp_path / "timm.safetensors")
     assert torch.equal(weights.load(tmp_path / "timm.safetensors")[0]["head.weight"], model.head.weight)
