@@ -599,7 +599,8 @@ class Labelled(Dataset):
             from torchvision import tv_tensors
             target = tv_tensors.Mask(torch.from_numpy(target))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.default_rng([self.seed, epoch, index]).integers(2 ** 63)))
+            seed = int(np.random.default_rng([self.seed, epoch, index]).integers(2 ** 63))
+            torch.default_generator.manual_seed(seed)   # torch.manual_seed, which seeds all devices, doubles the time an image takes
             image, target = self.transform(image, target)
         return image, target if isinstance(target, int) else target.as_subclass(torch.Tensor), unreadable
 
