@@ -227,6 +227,12 @@ def errorbars(axis, x, groups, label, style="o-"):
     axis.errorbar(x, means, errors, fmt=style, capsize=3, label=label)
 
 
+def ticks(axis, values):
+    """Marks on a logarithmic axis, at these values alone."""
+    axis.set_xticks(list(values), [f"{value:,}" for value in values])
+    axis.minorticks_off()
+
+
 def pretraining(lab):
     """Table 1: fine-tuned from visual tokens, from pixels, and from scratch, by the number of labels"""
     starts = {"BEiT": lab.pretrained(), "pixels": lab.pretrained("pixels"), "scratch": None}
@@ -240,8 +246,7 @@ def pretraining(lab):
         figure, axis = axes("Fashion-MNIST, fine-tuned", "labelled images", "test accuracy, %", xscale="log")
         for arm, style in zip(starts, ("o-", "s--", "^:")):
             errorbars(axis, list(lab.scale.finetune), [top1[arm, labels] for labels in lab.scale.finetune], names[arm], style)
-        axis.set_xticks(list(lab.scale.finetune), [f"{labels:,}" for labels in lab.scale.finetune])
-        axis.minorticks_off()
+        ticks(axis, lab.scale.finetune)
         axis.legend()
         return table(["top-1, %", *[f"{labels:,} labels" for labels in lab.scale.finetune], "learning rate", "paper: ImageNet, all labels"],
                      [[names[arm], *[spread(top1[arm, labels]) for labels in lab.scale.finetune], f"{lab.learning_rate(arm, starts[arm])[0]:g}", paper[arm]]
@@ -306,10 +311,12 @@ def longer(lab):
     def report():
         top1 = {share: [job.result["top1"] for job in group] for share, group in jobs.items()}
         figure, axis = axes(f"Fashion-MNIST, {LABELS:,} labels", "images seen in pre-training", "test accuracy, %", xscale="log")
-        errorbars(axis, [share * lab.scale.pretrain for share in shares], list(top1.values()), None)
+        seen = [round(share * lab.scale.pretrain) for share in shares]
+        errorbars(axis, seen, list(top1.values()), None)
+        ticks(axis, seen)
         return table(["images seen in pre-training", "held-out loss", "top-1, %", "paper"],
-                     [[f"{round(share * lab.scale.pretrain):,}", f"{starts[share].result['val_loss']:.2f}", spread(top1[share]),
-                       {1: "82.86 (300 epochs)", 4: "83.19 (800 epochs)"}.get(share, "")] for share in shares]), figure
+                     [[f"{images:,}", f"{starts[share].result['val_loss']:.2f}", spread(top1[share]),
+                       {1: "82.86 (300 epochs)", 4: "83.19 (800 epochs)"}.get(share, "")] for images, share in zip(seen, shares)]), figure
     return [job for group in jobs.values() for job in group], report
 
 
@@ -323,7 +330,7 @@ def segmentation(lab):
     def report():
         iou = {name: [job.result["mean_iou"] for job in group] for name, group in jobs.items()}
         figure, axis = axes("segmentation of shapes", "", "mean IoU, %")
-        errorbars(axis, list(iou), list(iou.values()), None, "o")
+        errorbars(axis, [name.replace("+ ", "+\n") for name in iou], list(iou.values()), None, "o")
         axis.margins(x=0.2)
         return table(["", "mean IoU, shapes", "paper: ADE20K"],
                      [[name, spread(values), paper] for (name, values), paper in zip(iou.items(), ("45.3 (supervised on ImageNet)", 45.6, 47.7))]), figure
