@@ -417,7 +417,7 @@ def run_script(Config, presets, train, complete=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def seed_step(seed, step):
-    """Seed stochastic depth: a function of (seed, step, rank), so that nothing has to be saved to continue."""
+    """Seed stochastic depth, mixup and cutmix: a function of (seed, step, rank), so that nothing has to be saved to continue."""
     torch.manual_seed(draw_seed(seed, step, rank()))
 
 

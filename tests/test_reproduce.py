@@ -132,6 +132,17 @@ def test_the_list_runs_nothing(tmp_path, monkeypatch, capsys):
     assert all(f"{claim}: " in printed for claim in reproduce.CLAIMS) and "hours" in printed and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("claim", ["attention", "segmentation"])
+def test_claims_about_shapes_need_no_files(claim, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", claim])
+    monkeypatch.setattr(reproduce, "run", lambda plan, parallel: ran.extend(plan()))
+    monkeypatch.setattr(reproduce, "write", lambda lab, name, args, seeds: ran.append(name))
+    reproduce.main()
+    assert len(ran) > 2 and ran[-1] == claim
+
+
 @pytest.mark.parametrize("flags, named", [(["everything"], "claim"), (["probe", "--seeds", "0"], "--seeds"), (["probe", "--scale", "huge"], "--scale"),
                                           (["probe", "--data-root", "nowhere"], "--data-root"), (["probe", "--jobs", "x"], "--jobs")])
 def test_wrong_flags_are_one_line(flags, named, tmp_path, monkeypatch, capsys):
