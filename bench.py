@@ -392,6 +392,7 @@ def main():
             raise training.UserError(f"--data: {args.data} is not a folder of images")
         training.check_file_to_write(args.out, "--out")
         with training.processes(args) as device:
+            training.obey_signals()
             report(args, device)
 
 

@@ -44,8 +44,11 @@ def write_atomically(path, write, keep=None):
     if keep and path.exists():
         second_name = keep.with_name(keep.name + ".part")
         second_name.unlink(missing_ok=True)
-        os.link(path, second_name)                      # so that path is never gone
-        os.replace(second_name, keep)
+        try:
+            os.link(path, second_name)                  # so that path is never gone
+            os.replace(second_name, keep)
+        except OSError:                                 # a file system without hard links: for a moment only `keep` is there
+            os.replace(path, keep)
     os.replace(beside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)

@@ -189,8 +189,10 @@ class Folder:
                 file.draft(None, at_least[::-1] if turned > 4 else at_least)
             file.load()
             image = ImageOps.exif_transpose(file) if turned != 1 else file
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):      # 16-bit grey, which convert would cut at 255
-                image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):      # 16-bit grey, or floats up to 1: convert would cut at 255
+                values = np.asarray(image, dtype=np.float32)
+                values = values * 255 if image.mode == "F" and values.max() <= 1 else values / 257
+                image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

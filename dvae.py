@@ -514,7 +514,7 @@ def draw_tokenizer(model, images, counts, report, by_temperature, columns=16, ro
             axis.set_frame_on(False)
         return axes
 
-    first, tokens = images[:12], model.tokenize(images)
+    first, tokens = images[:12], torch.cat([model.tokenize(some) for some in images.split(32)])
     axes = grid(top, 3, 12)
     soft = model.eval()(first, float(list(by_temperature)[-1])).images
     for row, (label, pictures) in enumerate((("original", first), ("soft codes", soft), ("hard codes", model.decode(tokens[:12])))):

@@ -71,6 +71,8 @@ class Config(training.RunConfig, vit.ViTConfig):
             raise ValueError("labels: maps have no one class to balance; only with --task classification, probe or knn")
         if self.init == "none" and (self.eval or self.task in ("probe", "knn")):
             raise ValueError(f"init: none leaves nothing to {'evaluate' if self.eval else 'look at'}; a model.pt of pretrain.py would do")
+        if self.task in ("probe", "knn") and self.preset not in (None, "probe", "knn"):
+            raise ValueError(f"preset: --task {self.task} has its own, not {self.preset}; leave it out")
         if self.epochs and self.task in ("probe", "knn"):
             raise ValueError(f"epochs: not used with --task {self.task}, which takes --steps")
         if self.eval and self.task in ("probe", "knn"):
@@ -107,7 +109,7 @@ PRESETS = {
                      "weight_decay": 1e-8},
     "segmentation-demo": {**DEMO, "epochs": 2.2, "lr": 3e-3, "layer_decay": 0.75, "scale": (0.75, 1.5), "jitter": 0.0,
                           "decoder_dim": 64, "eval_every": 500},
-    "segmentation-base": {**ADE20K, **size("base")},
+    **{f"segmentation-{name}": {**ADE20K, **size(name)} for name in ("tiny", "small", "base")},
     "segmentation-large": {**ADE20K, **size("large"), "drop_path": 0.2},
     "probe": PROBE,
     "knn": PROBE,
@@ -121,6 +123,9 @@ def complete(preset, flags):
         preset = flags.get("preset", task)
     elif f"{task}-{preset}" in PRESETS:
         preset = f"{task}-{preset}"
+    elif task == "segmentation" and preset in PRESETS and not preset.startswith("segmentation-"):
+        fits = ", ".join(name.removeprefix("segmentation-") for name in PRESETS if name.startswith("segmentation-"))
+        raise training.UserError(f"--preset: one of {fits} with --task segmentation, not {preset}")
     folder = f"runs/finetune-{name}" + ("" if task == "classification" else f"-{task}")
     left, maker = f"runs/pretrain-{name}/model.pt", "pretrain.py"
     if flags.get("eval"):
@@ -134,7 +139,8 @@ def complete(preset, flags):
         raise training.UserError(f"--init: {left} is not there; `python {maker}{shared}` makes it, or --init FILE names "
                                  f"another{'' if flags.get('eval') else ', or --init none trains from scratch'}")
     try:
-        config = weights.load(more["init"])[1]["config"]
+        state, info = weights.load(more["init"])
+        config = info["config"]
     except ValueError as error:
         raise training.UserError(f"--init: {error}") from None
     more.update({field: getattr(config, field) for field in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio",
@@ -143,6 +149,8 @@ def complete(preset, flags):
         more["position"] = "relative"                   # as released: a copy of the table for each block
     if "image_size" not in PRESETS[preset] or flags.get("eval") or preset.endswith("demo"):
         more["image_size"] = config.image_hw[0]
+    if flags.get("eval") and task == "segmentation" and "decoder.0.weight" in state:
+        more["decoder_dim"] = state["decoder.0.weight"].shape[1]
     return preset, more
 
 
@@ -169,13 +177,16 @@ def open_views(config):
 
 
 def build_model(config, classes):
-    """The model of the task, from --init or from scratch."""
+    """The model of the task, from --init or from scratch. UserError where --eval would evaluate a head of random weights."""
     if config.task == "segmentation":
         model = vit.SemanticSegmenter(config.backbone, len(classes), config.decoder_dim)
     else:
         model = vit.ImageClassifier(config.backbone, len(classes))
     if config.init != "none":
-        weights.initialise(model, config.init, classes)
+        new = weights.initialise(model, config.init, classes)
+        if config.eval and any(name.startswith(weights.HEADS) for name in new):
+            raise training.UserError(f"--eval: {config.init} has no head for --task {config.task} with these {len(classes)} classes; "
+                                     f"a model.pt that finetune.py left for the same --task and --data has")
     model.checkpoint_blocks = config.checkpoint_blocks
     return model
 
@@ -301,6 +312,7 @@ def train(config, device):
     classes, precision = views.source.classes, training.Precision(config.precision, device)
     unreadable = data.CorruptImages(len(views), training.say)
     if config.eval:
+        training.obey_signals()
         model = build_model(config, classes).to(device)
         report = evaluate(model, val_views, config, precision, device, unreadable)
         return training.say(f"{len(val_views)} held-out images: {in_words(report)}")
@@ -386,6 +398,7 @@ def probe(config, device, views, val_views):
     run = training.Run(config, device, config.steps)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
+    training.obey_signals()
     features, labels, test_features, test_labels = frozen_features(config, device, views, val_views, run.folder)
     if config.task == "knn":
         accuracy = knn_accuracy(features, labels, test_features, test_labels, len(views.source.classes), config.neighbours)
@@ -422,8 +435,10 @@ def frozen_features(config, device, views, val_views, folder):
 
 def extract(model, views, config, precision, device):
     """features (n, L, 2, D) fp16 and labels (n,) of all images, in their order, from all processes; on the CPU."""
-    features, labels = [], []
-    for images, targets, _ in held_out_batches(views, config, device):
+    features, labels, unreadable = [], [], data.CorruptImages(len(views), training.say)
+    for images, targets, bad in held_out_batches(views, config, device):
+        with training.naming_flags():
+            unreadable.add(0, bad)
         with precision.autocast():
             states = model.hidden_states(data.to_float(images.to(device)))                               # L of (B, 1+N, D)
         pooled = torch.stack([torch.stack([state[:, 1:].float().mean(1), state[:, 0].float()], 1) for state in states], 1)

@@ -255,11 +255,19 @@ def _remember_signal(number, frame):
     _signal = number
 
 
+def obey_signals():
+    """For what has no steps to finish and nothing to save: from here on SIGTERM and SIGINT end the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _signal:                                         # it came before
+        os.kill(os.getpid(), _signal)
+
+
 @contextmanager
 def processes(config):
     """Join the other processes of torchrun, if any, and leave them cleanly at the end. Yields this process's device.
 
-    Signals are remembered, not obeyed: Run.end_of_step acts on them.
+    Signals are remembered, not obeyed: Run.end_of_step acts on them (see obey_signals).
     """
     device = choose_device(config.device)
     torch.set_flush_denormal(True)      # before there are other threads, which inherit it: products of nearly-zero softmaxes took 30 times as long
@@ -397,7 +405,8 @@ def one_line_errors():
               f"from the last checkpoint", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"{script}: error: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename or '--out'}: {error.strerror}" if error.strerror else str(error)
+        print(f"{script}: error: {where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -503,13 +512,15 @@ def in_profiles(label):
 
 def where_time_goes(profiler, seconds):
     """A table of a torch.profiler.profile over so many seconds: the parts of a step, and the costliest operations."""
-    averages = {event.key: event for event in profiler.key_averages()}
+    averages = {}                                       # on a GPU a label has two entries, one with the CPU's time, one with the GPU's
+    for event in profiler.key_averages():
+        averages.setdefault(event.key, []).append(event)
     lines = [f"{'part of a step':24}{'seconds':>9}{'share':>7}{'GPU s':>9}"]
     for label in PARTS_OF_A_STEP:
         if label in averages:
-            spent, on_gpu = averages[label].cpu_time_total / 1e6, averages[label].device_time_total / 1e6
+            spent, on_gpu = (max(getattr(event, name) for event in averages[label]) / 1e6 for name in ("cpu_time_total", "device_time_total"))
             lines.append(f"{label:24}{spent:9.3f}{spent / seconds:7.0%}{on_gpu:9.3f}")
-    own = sorted((event for key, event in averages.items() if key not in PARTS_OF_A_STEP),
+    own = sorted((event for key, events in averages.items() if key not in PARTS_OF_A_STEP for event in events),
                  key=lambda event: -max(event.self_cpu_time_total, event.self_device_time_total))
     lines.append(f"{'operation':40}{'seconds':>9}{'GPU s':>9}{'calls':>8}")
     lines += [f"{event.key[:39]:40}{event.self_cpu_time_total / 1e6:9.3f}{event.self_device_time_total / 1e6:9.3f}{event.count:8}" for event in own[:12]]

@@ -517,16 +517,22 @@ def open_model(args, wanted=None, flag="--init"):
     return model
 
 
-def open_tokenizer(args, grid=None, decodes=True):
-    """The tokenizer of --tokenizer, by default that of --init's run; grid: the patch grid it must be able to serve."""
-    path = args.tokenizer
-    if not path:
-        folder = Path(args.init or f"runs/pretrain-{training.data_name(args.data)}/model.pt").parent
-        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-        path = config.get("tokenizer") or folder / "tokenizer" / "model.pt"
-        if not Path(path).is_file():
-            raise UserError(f"--tokenizer: {path} is not there; `python pretrain.py` leaves one, or --tokenizer FILE names a model.pt "
-                            "of dvae.py or DALL-E's encoder.pkl")
+def tokenizer_path(args):
+    """The file of --tokenizer, by default that of --init's run."""
+    if args.tokenizer:
+        return args.tokenizer
+    folder = Path(args.init or f"runs/pretrain-{training.data_name(args.data)}/model.pt").parent
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    path = config.get("tokenizer") or folder / "tokenizer" / "model.pt"
+    if not Path(path).is_file():
+        raise UserError(f"--tokenizer: {path} is not there; `python pretrain.py` leaves one, or --tokenizer FILE names a model.pt "
+                        "of dvae.py or DALL-E's encoder.pkl")
+    return path
+
+
+def open_tokenizer(args, decodes=True):
+    """The tokenizer of tokenizer_path, with its decoder where that is needed."""
+    path = tokenizer_path(args)
     tokenizer = weights.load_tokenizer(path)
     if decodes and tokenizer.decoder is None:
         raise UserError(f"--tokenizer: {path} has no decoder beside it (decoder.pkl), which pictures need")
@@ -546,7 +552,14 @@ def open_pictures(args, count):
         return pictures
     with training.naming_flags():
         _, held_out = data.open_splits(args.data, args.data_root)
-    return [held_out.image(i % len(held_out)) for i in range(args.first, args.first + count)]
+    pictures = []
+    for i in range(args.first, args.first + count):
+        try:
+            pictures.append(held_out.image(i % len(held_out)))
+        except Exception as error:                      # as above
+            raise UserError(f"--data: {held_out.name(i % len(held_out))} cannot be read as an image ({type(error).__name__}); "
+                            f"--first starts after it") from None
+    return pictures
 
 
 def squares(pictures, side):
@@ -621,8 +634,7 @@ def tokens(args):
 
 def default_token_side(args, tokenizer):
     """Pixels a side of the tokenizer's view in the run that it belongs to, or DALL-E's 112 of sec. 2.1."""
-    folder = Path(args.tokenizer).parent if args.tokenizer else Path(args.init or f"runs/pretrain-{training.data_name(args.data)}/model.pt").parent / "tokenizer"
-    file = folder / "config.json"
+    file = Path(tokenizer_path(args)).parent / "config.json"
     return json.loads(file.read_text())["image_size"] if file.is_file() else 14 * tokenizer.downsample
 
 

@@ -520,6 +520,7 @@ def initialise(model, path, classes=None, flag="--init"):
     Positions are resized to the model's grid; a table that all blocks share is copied into a table per block where the model
     has those; norm and fc_norm stand for each other; a head is taken where it has the same task and size and, if the file
     says what its classes are called, the same classes. What else differs is a UserError, and the model is as it was.
+    Returns the names of the parameters that are new.
     """
     try:
         state, info = load(path)
@@ -562,6 +563,7 @@ def initialise(model, path, classes=None, flag="--init"):
         name.startswith(HEADS) for name in resized) else ""))
     say(f"made over: {'; '.join(made_over) or 'nothing'}")
     say(f"new: {_names(new)}; left behind: {_names(left)}")
+    return new
 
 
 def _names(names):

@@ -126,17 +126,19 @@ def test_files_of_every_mode(tmp_path):
     clear.save(tmp_path / "clear.png")
     Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257)).save(tmp_path / "deep.png")
     image.convert("1").save(tmp_path / "bilevel.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 255).save(tmp_path / "floats.tiff")
     loaded = {}
     folder = Folder(data.image_paths(tmp_path))
     for index in range(len(folder)):
         loaded[Path(folder.paths[index]).name] = folder.image(index)
-    assert len(loaded) == 7 and all(image.mode == "RGB" for image in loaded.values())
+    assert len(loaded) == 8 and all(image.mode == "RGB" for image in loaded.values())
     assert loaded["turned.jpg"].size == (30, 40)
     assert np.asarray(loaded["turned.jpg"])[:, 25].mean(0)[0] > 100 > np.asarray(loaded["turned.jpg"])[:, 5].mean(0)[0]
     assert np.asarray(loaded["clear.png"]).min() == 255                # over white
     for name, tolerance in (("cmyk.jpg", 12), ("palette.gif", 30)):
         assert abs(np.asarray(loaded[name]).astype(int) - np.asarray(image)).mean() < tolerance
-    assert abs(np.asarray(loaded["deep.png"]).astype(int) - np.asarray(loaded["grey.png"])).max() <= 1
+    for name in ("deep.png", "floats.tiff"):
+        assert abs(np.asarray(loaded[name]).astype(int) - np.asarray(loaded["grey.png"])).max() <= 1
 
 
 def fill(folder, count, size=20):

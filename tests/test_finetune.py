@@ -71,6 +71,35 @@ def test_classification_from_pretrained_weights(pretrained, tmp_path, capsys):
     assert (tmp_path / "a" / "predict.png").stat().st_size > 1000
 
 
+def test_a_head_of_random_weights_is_not_evaluated(pretrained, tmp_path):
+    with pytest.raises(UserError, match="--eval: .*model.pt has no head for --task classification with these 10 classes"):
+        finetune.train(configured(tmp_path / "a", "--eval", "--init", pretrained), CPU)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "probe", "--preset", "base"], "--preset: --task probe has its own, not base"),
+    (["--task", "segmentation", "--preset", "base-384"], "--preset: one of .*base, .*with --task segmentation, not base-384")])
+def test_presets_of_another_task_are_refused(pretrained, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        configured(tmp_path, "--init", pretrained, *flags)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
+def test_each_size_has_a_recipe_for_segmentation(pretrained, tmp_path, name):
+    config = configured(tmp_path, "--init", "none", "--task", "segmentation", "--preset", name)
+    assert config.preset == f"segmentation-{name}" and config.image_size == 512 and config.dim == vit.PRESETS[name].dim
+
+
+@pytest.mark.parametrize("task", ["probe", "knn"])
+def test_features_of_unreadable_images_stop_the_run(pretrained, tmp_path, task):
+    for path in (tmp_path / "images" / split / label / f"{i}.png" for split in ("train", "val") for label in "ab" for i in range(4)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"nothing") if path.stem in "01" else Image.new("RGB", (32, 32), path.parent.name == "a" and "red" or "blue").save(path)
+    with pytest.raises(UserError, match="--data: more than 1 % of the images of an epoch cannot be read"):
+        finetune.train(configured(tmp_path / "a", "--init", pretrained, "--task", task, "--data", tmp_path / "images"), CPU)
+    assert not (tmp_path / "a" / "result.json").exists()
+
+
 def test_learns_labels(pretrained, tmp_path):
     config = configured(tmp_path, "--init", pretrained, "--steps", "1")
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 4

@@ -5,8 +5,10 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -175,6 +177,31 @@ def test_files_that_are_no_checkpoints(tmp_path):
         assert "\n" not in str(error.value)
     assert not marker.exists()
     assert checkpoints.read_checkpoint(whole, "--tokenizer")["model"]["a"].sum() == 1000
+
+
+def test_a_checkpoint_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    path, keep = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for text in (b"1", b"2", b"3"):
+        checkpoints.write_atomically(path, lambda file: file.write(text), keep=keep)
+    assert path.read_bytes() == b"3" and keep.read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_signals_are_obeyed_where_there_is_nothing_to_save():
+    with training.processes(parse()):
+        assert signal.getsignal(signal.SIGTERM) == training._remember_signal
+        training.obey_signals()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_profile_has_the_cpus_time_of_a_label_that_the_gpu_has_too():
+    def event(key, cpu, gpu):
+        return types.SimpleNamespace(key=key, count=1, cpu_time_total=cpu, self_cpu_time_total=cpu, device_time_total=gpu, self_device_time_total=gpu)
+    events = [event("forward", 1e6, 0), event("forward", 0, 5e5), event("aten::mm", 9e5, 4e5)]
+    said = training.where_time_goes(types.SimpleNamespace(key_averages=lambda: events), 2.0)
+    assert re.search(r"forward +1\.000 +50% +0\.500", said) and "aten::mm" in said
 
 
 def open_run(folder, **more):
