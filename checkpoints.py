@@ -46,9 +46,9 @@ def write_atomically(path, write, keep=None):
         second_name.unlink(missing_ok=True)
         try:
             os.link(path, second_name)                  # so that path is never gone
-            os.replace(second_name, keep)
         except OSError:                                 # a file system without hard links: for a moment only `keep` is there
-            os.replace(path, keep)
+            second_name = path
+        os.replace(second_name, keep)
     os.replace(beside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)

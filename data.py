@@ -602,7 +602,7 @@ class Labelled(Dataset):
             target = tv_tensors.Mask(torch.from_numpy(target))
         with torch.random.fork_rng(devices=[]):
             seed = int(np.random.default_rng([self.seed, epoch, index]).integers(2 ** 63))
-            torch.default_generator.manual_seed(seed)   # torch.manual_seed, which seeds all devices, doubles the time an image takes
+            torch.default_generator.manual_seed(seed)   # torch.manual_seed, which seeds all devices, takes as long as the image and more
             image, target = self.transform(image, target)
         return image, target if isinstance(target, int) else target.as_subclass(torch.Tensor), unreadable
 

@@ -530,11 +530,11 @@ def tokenizer_path(args):
     return path
 
 
-def open_tokenizer(args, decodes=True):
-    """The tokenizer of tokenizer_path, with its decoder where that is needed."""
+def open_tokenizer(args):
+    """The tokenizer of tokenizer_path, with its decoder."""
     path = tokenizer_path(args)
     tokenizer = weights.load_tokenizer(path)
-    if decodes and tokenizer.decoder is None:
+    if tokenizer.decoder is None:
         raise UserError(f"--tokenizer: {path} has no decoder beside it (decoder.pkl), which pictures need")
     return tokenizer
 

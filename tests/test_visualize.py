@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import dvae
 import masking
 import visualize
 import vit
+from training import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0)
@@ -382,3 +384,21 @@ def test_draws_without_a_display(tmp_path):
 def test_without_weights_the_command_that_makes_them_is_named(monkeypatch, capsys, tmp_path):
     status, error, _ = command(monkeypatch, capsys, tmp_path, "positions")
     assert status == 2 and "`python pretrain.py` makes it" in error and error.count("\n") == 1
+
+
+def test_an_unreadable_held_out_image_is_named(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.png").write_bytes(b"nothing")
+    args = types.SimpleNamespace(images=None, data=str(tmp_path), data_root="data", first=0)
+    with pytest.raises(UserError, match="--data: .*0.png cannot be read as an image"):
+        visualize.open_pictures(args, 1)
+
+
+def test_pictures_of_tokens_have_the_size_of_the_runs_own_tokenizer(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/model.pt").write_bytes(b"")
+    (tmp_path / "elsewhere/config.json").write_text('{"image_size": 32}')
+    (tmp_path / "config.json").write_text(json.dumps({"tokenizer": str(tmp_path / "elsewhere/model.pt")}))
+    args = types.SimpleNamespace(tokenizer=None, init=str(tmp_path / "model.pt"), data="shapes")
+    assert visualize.default_token_side(args, types.SimpleNamespace(downsample=4)) == 32
