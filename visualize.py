@@ -1,7 +1,8 @@
-"""Looking at it: masks, visual tokens, predictions, self-attention, positions, training curves, the whole method in a figure.
+"""Figures: masks, visual tokens, predictions, self-attention, positions, training curves, the whole method.
 
-`python visualize.py WHAT` writes one picture. Each figure is a function here that takes tensors and returns a matplotlib
-Figure, for notebooks; the command line only loads and saves. B images of H W pixels, h w patches, N = h w, T = 1 + N tokens.
+`python visualize.py WHAT` writes one picture. Each figure is a function here that takes tensors and returns a
+matplotlib Figure, for notebooks; the command line only loads and saves. B images of H W pixels, h w patches,
+N = h w, T = 1 + N tokens.
 """
 import argparse
 import dataclasses
@@ -24,14 +25,12 @@ import weights
 from masking import blockwise_mask, random_mask
 from training import UserError
 
-HEAT = "inferno"                                        # attention: dark to bright, the same to colour-blind eyes
-MARK = "deepskyblue"                                    # reference patches
-SPECIAL = "S"                                           # --patch S: the special token [S]
+HEAT = "inferno"    # attention: dark to bright, the same to colour-blind eyes
+MARK = "deepskyblue"    # reference patches
+SPECIAL = "S"    # --patch S: the special token [S]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by the figures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Shared by the figures ----
 
 def blank_axes(part, rows, columns, **how):
     """(rows, columns) axes of a figure or subfigure, without ticks or frames."""
@@ -56,25 +55,26 @@ def draw_cells(axis, cells, image_hw, **how):
         axis.add_patch(Rectangle((column * W / w - 0.5, row * H / h - 0.5), W / w, H / h, fill=False, **how))
 
 
-def hide(image, mask, shade=0.5):
-    """The image (3, H, W) with the masked patches, mask (h, w), in one shade of grey."""
-    places = F.interpolate(torch.as_tensor(mask)[None, None].float(), size=image.shape[-2:], mode="nearest")[0].bool()
-    return torch.where(places, shade, image)
+def hide(images, mask, shade=0.5):
+    """Images (..., 3, H, W) with the masked patches, mask (..., h, w), in one shade of grey."""
+    (H, W), (h, w) = images.shape[-2:], mask.shape[-2:]
+    rows, columns = torch.arange(H)[:, None] * h // H, torch.arange(W) * w // W
+    places = torch.as_tensor(mask)[..., None, rows, columns]    # (..., 1, H, W)
+    return torch.where(places, shade, images)
 
 
 def token_colours(tokens):
     """A colour for each token, the same for the same token: (h, w) int64 -> (3, h, w)."""
     tokens = np.asarray(tokens)
-    hue, value = tokens * 0.61803 % 1, 0.35 + 0.6 * (tokens * 0.7549 % 1)      # value too, for eyes that see no hue
+    # value too, for eyes that see no hue
+    hue, value = tokens * 0.61803 % 1, 0.35 + 0.6 * (tokens * 0.7549 % 1)
     return torch.from_numpy(hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.65), value], -1))).permute(2, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# masks: Algorithm 1 beside random ones
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- masks: Algorithm 1 beside random ones ----
 
 def figure_masks(images, blockwise, random, statistics):
-    """Images (n, 3, H, W) under blockwise and under random masks (n, h, w), and below them what mask_statistics gives."""
+    """Images (n, 3, H, W) under blockwise and random masks (n, h, w), and what mask_statistics gives."""
     n, (h, w) = len(images), blockwise[0].shape
     figure = Figure(figsize=(11, 2 * 11 / n + 3.3), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(2 * 11 / n, 3.0))
@@ -87,19 +87,23 @@ def figure_masks(images, blockwise, random, statistics):
     bins = np.arange(0.5, statistics["largest"] + 3, 3)
     for label, colour in (("blockwise", "tab:blue"), ("random", "tab:orange")):
         regions = statistics[label]
-        sizes.hist(regions, bins=bins, weights=np.full(len(regions), 1 / len(regions)), histtype="step", linewidth=1.5, color=colour, label=label)
-    sizes.set(title="masked patches that touch each other", xlabel="patches in a connected region", ylabel="share of regions, in bins of 3", yscale="log")
+        sizes.hist(regions, bins=bins, weights=np.full(len(regions), 1 / len(regions)), histtype="step",
+                   linewidth=1.5, color=colour, label=label)
+    sizes.set(title="masked patches that touch each other", xlabel="patches in a connected region",
+              ylabel="share of regions, in bins of 3", yscale="log")
     sizes.legend(frameon=False)
     low, high = min(map(min, statistics["counts"].values())), max(map(max, statistics["counts"].values()))
     for (label, values), colour in zip(statistics["counts"].items(), ("tab:blue", "tab:green", "tab:orange")):
-        counts.hist(values, bins=np.arange(low - 1.5, high + 2.5), color=colour, alpha=0.6, label=label, density=True)    # bins of 1: shares
-    counts.set(title=f"masked patches an image, {statistics['draws']:,} draws", xlabel="patches", ylabel="share of images")
+        counts.hist(values, bins=np.arange(low - 1.5, high + 2.5), color=colour, alpha=0.6, label=label,
+                    density=True)    # bins of 1: shares
+    counts.set(title=f"masked patches an image, {statistics['draws']:,} draws", xlabel="patches",
+               ylabel="share of images")
     counts.legend(frameon=False)
     return figure
 
 
 def mask_statistics(grid, num_masked, rng, draws=10_000):
-    """Over so many draws: sizes of the connected regions of blockwise and random masks, and counts of masked patches."""
+    """Of so many draws: sizes of connected regions of blockwise and random masks, and counts of patches."""
     blockwise = np.stack([blockwise_mask(grid, num_masked, rng) for _ in range(draws)])
     random = np.stack([random_mask(grid, num_masked, rng) for _ in range(draws)])
     as_printed = np.stack([blockwise_mask(grid, num_masked, rng, exact=False) for _ in range(draws)])
@@ -112,26 +116,25 @@ def region_sizes(masks):
     """The sizes of all regions of masked patches that touch along a side: (n, h, w) bool -> (regions,)."""
     n, h, w = masks.shape
     label = np.where(masks, np.arange(1, n * h * w + 1).reshape(n, h, w), 0)
-    while True:                                         # each patch takes the largest label around it, until nothing changes
+    while True:    # each patch takes the largest label around it, until nothing changes
         padded = np.pad(label, ((0, 0), (1, 1), (1, 1)))
-        around = np.stack([padded[:, 1:-1, 1:-1], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]])
+        around = np.stack([padded[:, 1:-1, 1:-1], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1],
+                           padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]])
         largest = np.where(masks, around.max(0), 0)
         if (largest == label).all():
             return np.unique(label[masks], return_counts=True)[1]
         label = largest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens and predictions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- tokens and predictions ----
 
 def figure_tokens(images, tokens, soft, hard, codes):
-    """Images (n, 3, H, W), their tokens (n, h, w) as colours, both reconstructions (n, 3, H, W); below, codes: a list of
-    (code, share of all tokens, patches (k, 3, P, P) that map to it)."""
+    """Images (n, 3, H, W), their tokens (n, h, w) as colours, both reconstructions (n, 3, H, W); below,
+    codes: a list of (code, share of all tokens, patches (k, 3, P, P) that map to it)."""
     n = len(images)
     error = [f"{(pictures - images).square().mean():.4f}" for pictures in (soft, hard)]
-    rows = {"image": images, "tokens": [token_colours(grid) for grid in tokens], f"soft codes\nerror {error[0]}": soft,
-            f"hard codes\nerror {error[1]}": hard}
+    rows = {"image": images, "tokens": [token_colours(grid) for grid in tokens],
+            f"soft codes\nerror {error[0]}": soft, f"hard codes\nerror {error[1]}": hard}
     shown = min(6, max(len(patches) for _, _, patches in codes))
     top_height, bottom_height = 4 * 11 / n, shown * 11 / len(codes)
     figure = Figure(figsize=(11, top_height + bottom_height + 1.0), layout="constrained")
@@ -151,20 +154,50 @@ def figure_tokens(images, tokens, soft, hard, codes):
 
 
 def code_pages(images, tokens, count, examples=6):
-    """For figure_tokens: the count most used codes of tokens (n, h, w), each with patches of the images (n, 3, H, W)."""
+    """For figure_tokens: the most used codes of tokens (n, h, w), with patches of the images (n, 3, H, W)."""
     P = images.shape[-1] // tokens.shape[-1]
-    patches = images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)             # (n h w, 3, P, P)
+    # (n h w, 3, P, P)
+    patches = images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     codes, uses = tokens.unique(return_counts=True)
     chosen = uses.topk(min(count, len(codes))).indices
-    return [(int(codes[i]), float(uses[i]) / tokens.numel(), patches[tokens.flatten() == codes[i]][:examples]) for i in chosen]
+    return [(int(codes[i]), float(uses[i]) / tokens.numel(), patches[tokens.flatten() == codes[i]][:examples])
+            for i in chosen]
 
 
-def figure_predictions(columns, mask, right, columns_of_figure=2):
-    """columns: title -> (n, 3, ., .), as pretrain.predictions gives them. mask and right (n, h, w) bool: what was masked, and
-    where the predicted token is the true one; those are outlined in the last column, and counted beside it."""
-    n = len(mask)
+@torch.no_grad()
+def predictions(model, images, mask, tokenizer=None, token_images=None):
+    """What a masked image model predicts behind the mask (B, h, w), or everywhere if the mask is empty.
+
+    images (B, 3, H, W); token_images (B, 3, ., .): the tokenizer's view; without a tokenizer the model
+    predicts pixels. Returns title -> pictures (B, 3, ., .): original, masked, the true tokens decoded, and
+    the prediction with the truth at the other places; without a decoder the patches whose token was seen or
+    found; and found (B, h, w) bool, or None.
+    """
+    everywhere = torch.arange(mask.numel(), device=mask.device)
+    outputs = model.eval()(images, mask, everywhere).unflatten(0, mask.shape)    # (B, h, w, V or C P P)
+    predicted = mask if mask.any() else torch.ones_like(mask)
+    columns = {"original": images, "masked": hide(images, mask)}
+    if tokenizer is None:
+        pixels = torch.where(predicted[..., None], outputs.float(), model.patch_pixels(images))
+        return {**columns, "prediction": model.unpatch_pixels(pixels)}, None
+    true = tokenizer.tokenize(token_images)
+    guess = torch.where(predicted, outputs.argmax(-1), true)
+    if tokenizer.decoder is None:
+        return {**columns, "right tokens": hide(images, guess != true)}, guess == true
+    return {**columns, "tokenizer at best": tokenizer.decode(true),
+            "prediction": tokenizer.decode(guess)}, guess == true
+
+
+def figure_predictions(columns, mask, right=None, columns_of_figure=2):
+    """columns: title -> (n, 3, ., .), as predictions gives them; right (n, h, w) bool: where tokens are right.
+
+    Right tokens are outlined in the last column and counted at the left: those behind mask (n, h, w) bool, or
+    all if nothing is masked.
+    """
+    n, predicted = len(mask), mask if mask.any() else torch.ones_like(mask)
     rows = math.ceil(n / columns_of_figure)
-    figure = Figure(figsize=(11.5, 11.5 / columns_of_figure / (len(columns) + 0.4) * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(11.5, 11.5 / columns_of_figure / (len(columns) + 0.4) * rows + 0.6),
+                    layout="constrained")
     for half, part in enumerate(np.atleast_1d(figure.subfigures(1, columns_of_figure, wspace=0.03))):
         axes = blank_axes(part, rows, len(columns))
         for row, axes_of_row in enumerate(axes):
@@ -173,27 +206,29 @@ def figure_predictions(columns, mask, right, columns_of_figure=2):
                 continue
             for axis, (label, pictures) in zip(axes_of_row, columns.items()):
                 show(axis, pictures[i], label if row == 0 else None)
-            draw_cells(axes_of_row[-1], right[i] & mask[i], pictures[i].shape[-2:], edgecolor="white", linewidth=1.2)
-            found, all_of_them = int((right[i] & mask[i]).sum()), int(mask[i].sum())
-            axes_of_row[0].set_ylabel(f"{found} of {all_of_them}\n{found / max(1, all_of_them):.0%}", fontsize=9)
-    figure.suptitle("outlined: masked patches whose token the model found; left: how many", fontsize=10)
+            if right is not None:
+                found = (right[i] & predicted[i]).cpu()
+                draw_cells(axes_of_row[-1], found, pictures[i].shape[-2:], edgecolor="white", linewidth=1.2)
+                count, asked = int(found.sum()), int(predicted[i].sum())
+                axes_of_row[0].set_ylabel(f"{count} of {asked}\n{count / asked:.0%}", fontsize=9)
+    if right is not None:
+        figure.suptitle("outlined: patches whose token the model found; left: how many", fontsize=10)
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- attention ----
 
 @torch.no_grad()
 def every_attention_map(model, images):
-    """Softmax attention of all blocks, a list of L tensors (B, heads, T, T): attention_maps of each layer, in one pass."""
-    inputs = [model.embed(images), *model.hidden_states(images)[:-1]]
-    return [block.attn.weights(block.norm1(x), bias) for block, x, bias in zip(model.blocks, inputs, model.position_biases())]
+    """attention_maps of each layer, in one pass: a list of L tensors (B, heads, T, T)."""
+    inputs = [model.embed(model.embed_patches(images)), *model.hidden_states(images)[:-1]]
+    return [block.attn.weights(block.norm1(x), bias)
+            for block, x, bias in zip(model.blocks, inputs, model.position_biases())]
 
 
 def rollout(maps):
-    """How much of each input token reaches each output token if every block passes on (I + mean of heads) / 2 (Abnar and
-    Zuidema, 2020): a list of (B, heads, T, T), first layer first -> (B, 1, T, T)."""
+    """How much of each input token reaches each output token if every block passes on (I + mean of heads) / 2
+    (Abnar and Zuidema, 2020): a list of (B, heads, T, T), first layer first -> (B, 1, T, T)."""
     total = torch.eye(maps[0].shape[-1]).to(maps[0])
     for one in maps:
         total = (torch.eye(one.shape[-1]).to(one) + one.mean(1)) / 2 @ total
@@ -201,11 +236,12 @@ def rollout(maps):
 
 
 def reference_patches(image, grid, count=3):
-    """Patches (row, column) that are likely on objects: unlike the colours along the border, far from each other."""
+    """Patches (row, column) likely on objects: unlike the colours along the border, far from each other."""
     h, w = grid
-    colours = F.adaptive_avg_pool2d(image[None].float(), grid)[0].permute(1, 2, 0)                       # (h, w, 3)
+    colours = F.adaptive_avg_pool2d(image[None].float(), grid)[0].permute(1, 2, 0)    # (h, w, 3)
     border = torch.cat([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
-    unlike = (colours[:, :, None] - border).norm(dim=-1).sort(dim=-1).values[..., :max(1, len(border) // 4)].mean(-1)    # (h, w)
+    nearest = (colours[:, :, None] - border).norm(dim=-1).sort(dim=-1).values
+    unlike = nearest[..., :max(1, len(border) // 4)].mean(-1)    # (h, w)
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     apart, chosen = torch.full((h, w), 1.0), []
     for _ in range(min(count, h * w)):
@@ -219,16 +255,20 @@ def reference_patches(image, grid, count=3):
 def figure_attention(image, attention, references, grid, title=None):
     """What reference patches attend to (the paper's analysis figure).
 
-    image (3, H, W); attention (heads, T, T), row = query, token 0 = [S]; references: (row, column) on the grid (h, w), or
-    "S" for [S]. For each, the image with the patch marked, then attention to the patches: mean and largest of the heads, and
-    each head (with one head, that alone). Each map is scaled to its own largest value away from the reference patch.
+    image (3, H, W); attention (heads, T, T), row = query, token 0 = [S]; references: (row, column) on the
+    grid (h, w), or "S" for [S]. For each, the image with the patch marked, then attention to the patches:
+    mean and largest of the heads, and each head (with one head, that alone). Each map is scaled to its own
+    largest value away from the reference patch.
     """
     heads, (H, W) = len(attention), image.shape[-2:]
-    titles = ["attention"] if heads == 1 else ["mean of heads", "largest of heads", *(f"head {i + 1}" for i in range(heads))]
+    titles = ["attention"]
+    if heads > 1:
+        titles = ["mean of heads", "largest of heads", *(f"head {i + 1}" for i in range(heads))]
     wide = min(1 + len(titles), 8)
     lines = math.ceil((1 + len(titles)) / wide)
     side = 11 / wide
-    figure = Figure(figsize=(11, (side * min(1.5, H / W) + 0.22) * lines * len(references) + (0.35 if title else 0)), layout="constrained")
+    height = (side * min(1.5, H / W) + 0.22) * lines * len(references)
+    figure = Figure(figsize=(11, height + (0.35 if title else 0)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
     axes = blank_axes(figure, lines * len(references), wide)
@@ -255,22 +295,22 @@ def reference_maps(attention, reference, grid):
 
 
 def draw_heat(axis, image, heat, skip=None):
-    """heat (h, w) as colours over a grey image (3, H, W), smoothly upsampled; brightest at the largest value but skip's."""
+    """heat (h, w) in colours over a grey image (3, H, W); brightest at the largest value, skip's left out."""
     H, W = image.shape[-2:]
     others = heat.float().clone()
     if skip is not None and skip != SPECIAL:
         others[skip] = 0
     place = dict(extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     axis.imshow(image.float().mean(0).cpu().numpy(), cmap="gray", vmin=0, vmax=1, **place)
-    axis.imshow(heat.float().cpu().numpy(), cmap=HEAT, alpha=0.7, vmin=0, vmax=max(1e-12, others.max().item()),
-                interpolation="bicubic", **place)
+    axis.imshow(heat.float().cpu().numpy(), cmap=HEAT, alpha=0.7, vmin=0,
+                vmax=max(1e-12, others.max().item()), interpolation="bicubic", **place)
 
 
 def attention_distances(maps, grid, patch_size):
-    """Mean distance in pixels from a patch to the patches it attends to: a list of L (B, heads, T, T) -> (L, heads)."""
+    """Mean distance in pixels from a patch to those it attends to: L of (B, heads, T, T) -> (L, heads)."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], 1).float() * patch_size                    # (N, 2)
-    apart = torch.cdist(places, places)                                                                  # (N, N)
+    places = torch.stack([rows.flatten(), columns.flatten()], 1).float() * patch_size    # (N, 2)
+    apart = torch.cdist(places, places)    # (N, N)
     patches = [one[:, :, 1:, 1:].float().cpu() for one in maps]
     return torch.stack([((one * apart).sum(-1) / one.sum(-1)).mean((0, 2)) for one in patches])
 
@@ -285,30 +325,33 @@ def figure_attention_distance(distances):
             axis.plot(layers, head, "o", color="tab:blue", markersize=5, alpha=0.7)
         axis.plot(layers, values.mean(1), "-", color="black", linewidth=1, label="mean of the heads")
         axis.set(title=label, xlabel="layer", xticks=layers if len(layers) <= 12 else layers[::3])
-    panels[0].set(ylabel="mean attention distance, pixels", ylim=(0, 1.1 * max(values.max().item() for values in distances.values())))
+    panels[0].set(ylabel="mean attention distance, pixels",
+                  ylim=(0, 1.1 * max(values.max().item() for values in distances.values())))
     panels[0].legend(frameon=False)
     return figure
 
 
 def object_attention(maps, cover, near=None):
-    """How much more a patch on an object attends to that object than the object's share of the image would make it.
+    """How much more a patch on an object attends to that object than the object's share of the image would
+    make it.
 
-    maps: a list of L (B, heads, T, T). cover (B, h, w): the share of each patch that the image's one object covers. Reference
-    patches: those covered by half or more. With heads averaged, ratio = (attention to the object / attention to all patches) /
-    (the object's share of the patches' area): 1 = object or not makes no difference. near: leave out, from attention and area
-    alike, patches within so many rows and columns of the reference, itself among them. Returns (L,), the mean over reference
-    patches of all images.
+    maps: a list of L (B, heads, T, T). cover (B, h, w): the share of each patch that the image's one object
+    covers. Reference patches: those covered by half or more. With heads averaged, ratio = (attention to the
+    object / attention to all patches) / (the object's share of the patches' area): 1 = object or not makes no
+    difference. near: leave out, from attention and area alike, patches within so many rows and columns of the
+    reference, itself among them. Returns (L,), the mean over reference patches of all images.
     """
     B, h, w = cover.shape
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    steps = torch.maximum((rows.flatten()[:, None] - rows.flatten()).abs(), (columns.flatten()[:, None] - columns.flatten()).abs())
-    counted = (steps > (-1 if near is None else near)).float()                                           # (N, N)
-    cover = cover.flatten(1).float()                                                                     # (B, N)
-    area = torch.einsum("bk,qk->bq", cover, counted) / counted.sum(1)                                    # (B, N), by reference
+    steps = torch.maximum((rows.flatten()[:, None] - rows.flatten()).abs(),
+                          (columns.flatten()[:, None] - columns.flatten()).abs())
+    counted = (steps > (-1 if near is None else near)).float()    # (N, N)
+    cover = cover.flatten(1).float()    # (B, N)
+    area = torch.einsum("bk,qk->bq", cover, counted) / counted.sum(1)    # (B, N), by reference
     asked = (cover >= 0.5) & (area > 0)
     ratios = []
     for one in maps:
-        attention = one[:, :, 1:, 1:].float().cpu().mean(1) * counted                                    # (B, N, N)
+        attention = one[:, :, 1:, 1:].float().cpu().mean(1) * counted    # (B, N, N)
         share = torch.einsum("bqk,bk->bq", attention, cover) / attention.sum(-1).clamp(min=1e-12)
         ratios.append((share / area.clamp(min=1e-12))[asked].mean())
     return torch.stack(ratios)
@@ -328,35 +371,42 @@ def figure_object_attention(ratios):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# positions and curves
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- positions and curves ----
 
 def figure_positions(model):
-    """Absolute positions: for patches spread over the grid, the cosine similarity of their embedding to all others. Relative
-    ones: each head's bias by offset, key less query, nought in the middle; a row for each block that has a table."""
+    """Absolute positions: the cosine similarity of patches' embeddings to all others, by patch.
+
+    Relative ones: each head's bias by offset, key minus query, zero in the centre; a row for each table.
+    """
     (h, w), config = model.config.grid, model.config
     if config.position == "absolute":
         table = F.normalize(model.pos_embed[0, 1:].detach().float(), dim=-1)
         similarity = (table @ table.t()).view(h, w, h, w).cpu()
-        rows, columns = (np.unique(np.linspace(0, side - 1, min(side, 7)).round().astype(int)) for side in (h, w))
+        rows, columns = (np.unique(np.linspace(0, side - 1, min(side, 7)).round().astype(int))
+                         for side in (h, w))
         pictures = [[similarity[row, column] for column in columns] for row in rows]
-        labels, titles, limits = [f"row {row}" for row in rows], [f"column {column}" for column in columns], (-1, 1)
-        headline = "cosine similarity of position embeddings, by patch"
+        labels, titles = [f"row {row}" for row in rows], [f"column {column}" for column in columns]
+        limits, headline = (-1, 1), "cosine similarity of position embeddings, by patch"
     else:
-        tables = [(name, value.detach().float().cpu()) for name, value in model.named_parameters() if name.endswith("relative_position_bias_table")]
-        pictures = [[table[:-3, head].view(2 * h - 1, 2 * w - 1).flip(0, 1) for head in range(config.heads)] for _, table in tables]
-        labels = ["all layers"] if config.position == "shared_relative" else [f"layer {i + 1}" for i in range(len(tables))]
+        tables = [(name, value.detach().float().cpu()) for name, value in model.named_parameters()
+                  if name.endswith("relative_position_bias_table")]
+        pictures = [[table[:-3, head].view(2 * h - 1, 2 * w - 1).flip(0, 1) for head in range(config.heads)]
+                    for _, table in tables]
+        labels = [f"layer {i + 1}" for i in range(len(tables))]
+        if config.position == "shared_relative":
+            labels = ["all layers"]
         titles = [f"head {i + 1}" for i in range(config.heads)]
         largest = max(picture.abs().max().item() for row in pictures for picture in row) or 1.0
         limits, headline = (-largest, largest), "relative position bias, by offset of the key from the query"
     side = min(1.8, 10 / len(titles))
-    figure = Figure(figsize=(max(4.5, side * len(titles) + 1.4), side * len(labels) + 0.9), layout="constrained")
+    figure = Figure(figsize=(max(4.5, side * len(titles) + 1.4), side * len(labels) + 0.9),
+                    layout="constrained")
     axes = blank_axes(figure, len(labels), len(titles))
     for row, label, axes_of_row in zip(pictures, labels, axes):
         axes_of_row[0].set_ylabel(label, fontsize=9)
         for axis, picture in zip(axes_of_row, row):
-            drawn = axis.imshow(picture.numpy(), cmap="PuOr", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            drawn = axis.imshow(picture.numpy(), cmap="PuOr", vmin=limits[0], vmax=limits[1],
+                                interpolation="nearest")
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     figure.colorbar(drawn, ax=axes, shrink=0.8)
@@ -365,9 +415,9 @@ def figure_positions(model):
 
 
 def read_runs(folders):
-    """label -> metrics.jsonl's lines, one a step, of each run's folder (or metrics.jsonl); the labels are the fields in which
-    their config.json differ. A last line that a run has not finished writing is left out. ValueError names a file that is not
-    there, not a log or not a config."""
+    """label -> metrics.jsonl's lines, one a step, of each run's folder (or metrics.jsonl); the labels are the
+    fields in which their config.json differ. A last line that a run has not finished writing is left out.
+    ValueError names a file that is not there, not a log or not a config."""
     logs, configs = [], []
     for folder in map(Path, folders):
         file = folder if folder.suffix == ".jsonl" else folder / "metrics.jsonl"
@@ -377,7 +427,7 @@ def read_runs(folders):
         for line in text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]:
             try:
                 entry = json.loads(line)
-                steps[entry["step"]] = entry            # of a step logged twice, the later
+                steps[entry["step"]] = entry    # of a step logged twice, the later
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{file} is not a log of a training script: {line[:60]!r}") from None
         if not steps:
@@ -385,54 +435,65 @@ def read_runs(folders):
         logs.append([steps[step] for step in sorted(steps)])
         beside = file.with_name("config.json")
         try:
-            configs.append({**(json.loads(beside.read_text()) if beside.is_file() else {}), "out": str(file.parent)})
+            configs.append({**(json.loads(beside.read_text()) if beside.is_file() else {}),
+                            "out": str(file.parent)})
         except (ValueError, TypeError):
             raise ValueError(f"{beside} is not the config of a run") from None
     differing = [key for key in {key: None for config in configs for key in config}
-                 if key not in ("out", "data_root", "workers", "fresh") and len({json.dumps(config.get(key)) for config in configs}) > 1]
-    labels = [", ".join(f"{key} {config.get(key)}" for key in differing[:4]) or config["out"] for config in configs]
+                 if key not in ("out", "data_root", "workers", "fresh")
+                 and len({json.dumps(config.get(key)) for config in configs}) > 1]
+    labels = [", ".join(f"{key} {config.get(key)}" for key in differing[:4]) or config["out"]
+              for config in configs]
     if len(set(labels)) < len(labels):
         labels = [config["out"] for config in configs]
     return dict(zip(labels, logs))
 
 
-PANELS = (("loss, nats", "loss", ("val_loss",), (("unigram_entropy", "unigram entropy"), ("chance_loss", "chance, ln V"), ("mean_loss", "mean colour"))),
-          ("accuracy", "accuracy", ("val_accuracy", "val_top1", "val_mean_iou"), (("majority_accuracy", "majority token"),)),
+PANELS = (("loss, nats", "loss", ("val_loss",),
+           (("unigram_entropy", "unigram entropy"), ("chance_loss", "chance, ln V"),
+            ("mean_loss", "mean colour"))),
+          ("accuracy", "accuracy", ("val_accuracy", "val_top1", "val_mean_iou"),
+           (("majority_accuracy", "majority token"),)),
           ("learning rate", "lr", (), ()),
           ("images a second", "images_per_second", (), ()))
 
 
 def figure_curves(runs):
-    """runs: label -> list of dicts, as read_runs gives them. Loss, accuracy, learning rate and throughput by step: training in
-    thin lines, smoothed in thick ones, held-out images as points; the baselines that need no look at an image, dashed."""
+    """runs: label -> list of dicts, as read_runs gives them. Loss, accuracy, learning rate and throughput by
+    step: training in thin lines, smoothed in thick ones, held-out images as points; the baselines that need
+    no look at an image, dashed."""
     figure = Figure(figsize=(11, 6.4 + 0.2 * len(runs)), layout="constrained")
     axes, colours = figure.subplots(2, 2).flatten(), [f"C{i}" for i in range(10)]
     for axis, (title, name, held_out, baselines) in zip(axes, PANELS):
         labelled, drawn = set(), False
         for (label, log), colour in zip(runs.items(), colours * len(runs)):
-            at = [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float)) and math.isfinite(line[name])]
+            at = [(line["step"], line[name]) for line in log if isinstance(line.get(name), (int, float))
+                  and math.isfinite(line[name])]
             if at:
                 steps, values = np.array(at).T
                 drawn = True
                 axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
-                axis.plot(steps, values if name == "lr" else smooth(values, len(values) // 40), color=colour, linewidth=1.5)
+                axis.plot(steps, values if name == "lr" else smooth(values, len(values) // 40), color=colour,
+                          linewidth=1.5)
             for other in held_out:
-                points = [(line["step"], line[other]) for line in log if isinstance(line.get(other), (int, float))]
+                points = [(line["step"], line[other]) for line in log
+                          if isinstance(line.get(other), (int, float))]
                 if points:
                     drawn = True
                     axis.plot(*zip(*points), "o", color=colour, markeredgecolor="black", markersize=5)
             for (other, words), style in zip(baselines, ("--", ":", "-.")):
                 level = next((line[other] for line in reversed(log) if other in line), None)
                 if level is not None:
-                    axis.axhline(level, color=colour if len(runs) > 1 else "black", linestyle=style, linewidth=1,
-                                 label=None if words in labelled else words)
+                    axis.axhline(level, color=colour if len(runs) > 1 else "black", linestyle=style,
+                                 linewidth=1, label=None if words in labelled else words)
                     labelled.add(words)
         axis.set(title=title, xlabel="step")
         if labelled:
             axis.legend(frameon=False, fontsize=8)
         if not drawn:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
-    handles = [axes[0].plot([], [], color=colour, linewidth=2, label=label)[0] for label, colour in zip(runs, colours * len(runs))]
+    handles = [axes[0].plot([], [], color=colour, linewidth=2, label=label)[0]
+               for label, colour in zip(runs, colours * len(runs))]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
     figure.suptitle("lines: training; points: held-out images", fontsize=10)
     return figure
@@ -445,15 +506,14 @@ def smooth(values, width):
     return (sums[last] - sums[first]) / (last - first)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pipeline: the method in one figure
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pipeline: the method in one figure ----
 
 def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
     """One image through sec. 2: above, the patches' view; below, the tokenizer's.
 
-    crop (3, H, W); mask (h, w) bool; tokens and predicted (h, w) int64; decoded: the decoder's picture of the tokens, and
-    decoded_prediction: of the predicted tokens where masked and the true ones elsewhere, both (3, ., .).
+    crop (3, H, W); mask (h, w) bool; tokens and predicted (h, w) int64; decoded: the decoder's picture of the
+    tokens, and decoded_prediction: of the predicted tokens where masked and the true ones elsewhere, both (3,
+    ., .).
     """
     grid, (H, W) = mask.shape, crop.shape[-2:]
     mask = torch.as_tensor(mask)
@@ -464,7 +524,8 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
 
     def arrow(row, column, words):
         axis = axes[row][column]
-        axis.annotate("", xy=(1.1, 0.5), xytext=(-0.1, 0.5), xycoords="axes fraction", arrowprops=dict(arrowstyle="-|>", lw=1.3))
+        axis.annotate("", xy=(1.1, 0.5), xytext=(-0.1, 0.5), xycoords="axes fraction",
+                      arrowprops=dict(arrowstyle="-|>", lw=1.3))
         axis.text(0.5, 0.56, words, ha="center", va="bottom", fontsize=8, transform=axis.transAxes)
 
     show(axes[0][0], crop, "one crop of the image")
@@ -475,7 +536,7 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
         axes[0][2].axvline(column * W / grid[1] - 0.5, color="white", linewidth=2)
     show(axes[0][4], hide(crop, mask), f"{int(mask.sum())} of them masked")
     show(axes[0][6], torch.where(mask, token_colours(predicted), white), "predicted tokens")
-    for colour, width in (("black", 3), ("white", 1.2)):               # to be seen on any colour
+    for colour, width in (("black", 3), ("white", 1.2)):    # to be seen on any colour
         draw_cells(axes[0][6], (predicted == tokens) & mask, grid, edgecolor=colour, linewidth=width)
     for axis in (axes[0][6], axes[1][4]):
         draw_cells(axis, np.ones((1, 1)), grid, edgecolor="grey", linewidth=1)
@@ -486,34 +547,36 @@ def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
     show(axes[1][0], small, f"the same crop,\n{small.shape[1]}×{small.shape[2]} pixels")
     show(axes[1][2], token_colours(tokens), "visual tokens")
     show(axes[1][4], torch.where(mask, token_colours(tokens), white), "those to predict")
-    axes[1][6].text(0.5, 0.5, f"cross-entropy\nat masked places\n\n{found} of {int(mask.sum())} right\n(outlined above)",
-                    ha="center", va="center", fontsize=10, transform=axes[1][6].transAxes)
+    axes[1][6].text(0.5, 0.5, f"cross-entropy\nat masked places\n\n{found} of {int(mask.sum())} "
+                    f"right\n(outlined above)", ha="center", va="center", fontsize=10,
+                    transform=axes[1][6].transAxes)
     show(axes[1][8], decoded, "all true tokens, decoded:\nthe best possible")
     axes[1][0].set_ylabel("visual tokens (discrete VAE)", fontsize=9)
-    for row, column, words in ((0, 1, "cut"), (0, 3, "mask"), (0, 5, "ViT,\nsoftmax"), (0, 7, "dVAE\ndecoder"), (1, 1, "dVAE\nencoder"),
-                               (1, 3, "mask"), (1, 5, "")):
+    for row, column, words in ((0, 1, "cut"), (0, 3, "mask"), (0, 5, "ViT,\nsoftmax"),
+                               (0, 7, "dVAE\ndecoder"), (1, 1, "dVAE\nencoder"), (1, 3, "mask"), (1, 5, "")):
         arrow(row, column, words)
-    axes[1][6].annotate("", xy=(0.5, 0.78), xytext=(0.5, 1.22), xycoords="axes fraction", arrowprops=dict(arrowstyle="-|>", lw=1.3))
+    axes[1][6].annotate("", xy=(0.5, 0.78), xytext=(0.5, 1.22), xycoords="axes fraction",
+                        arrowprops=dict(arrowstyle="-|>", lw=1.3))
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loading ----
 
 def open_model(args, wanted=None, flag="--init"):
     """The model of args.init; wanted: a class it must be. UserError names the flag."""
-    default = f"runs/pretrain-{training.data_name(args.data)}/model.pt"
+    default = f"runs/pretrain-{Path(args.data).resolve().name}/model.pt"
     path = args.init or default
     if not args.init and not Path(path).is_file():
-        raise UserError(f"--init: {default} is not there; `python pretrain.py{'' if args.data == 'shapes' else f' --data {args.data} --preset demo'}` "
-                        "makes it, or --init FILE names another")
+        flags = "" if args.data == "shapes" else f" --data {args.data} --preset demo"
+        raise UserError(f"--init: {default} is not there; `python pretrain.py{flags}` makes it, or "
+                        "--init FILE names another")
     try:
         model, _ = weights.build(path)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from None
     if wanted and not isinstance(model, wanted):
-        raise UserError(f"--init: {path} holds a {type(model).__name__}, not a {wanted.__name__}; a model.pt of pretrain.py would do")
+        raise UserError(f"--init: {path} holds a {type(model).__name__}, not a {wanted.__name__}; a model.pt "
+                        f"of pretrain.py would do")
     return model
 
 
@@ -521,12 +584,12 @@ def tokenizer_path(args):
     """The file of --tokenizer, by default that of --init's run."""
     if args.tokenizer:
         return args.tokenizer
-    folder = Path(args.init or f"runs/pretrain-{training.data_name(args.data)}/model.pt").parent
+    folder = Path(args.init or f"runs/pretrain-{Path(args.data).resolve().name}/model.pt").parent
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     path = config.get("tokenizer") or folder / "tokenizer" / "model.pt"
     if not Path(path).is_file():
-        raise UserError(f"--tokenizer: {path} is not there; `python pretrain.py` leaves one, or --tokenizer FILE names a model.pt "
-                        "of dvae.py or DALL-E's encoder.pkl")
+        raise UserError(f"--tokenizer: {path} is not there; `python pretrain.py` leaves one, or --tokenizer "
+                        f"FILE names a model.pt of dvae.py or DALL-E's encoder.pkl")
     return path
 
 
@@ -545,38 +608,39 @@ def open_pictures(args, count):
         pictures = []
         for path in args.images:
             try:
-                pictures.append(data.Folder([path]).image(0))
-            except Exception as error:                  # image decoders raise whatever they like on broken files
-                reason = "is not there" if not Path(path).exists() else f"cannot be read as an image ({type(error).__name__})"
-                raise UserError(f"--images: {path} {reason}") from None
+                pictures.append(data.open_image(path))
+            except data.BadFile as error:
+                raise UserError(f"--images: {error}") from None
         return pictures
-    with training.naming_flags():
-        _, held_out = data.open_splits(args.data, args.data_root)
+    _, held_out = data.open_splits(args.data, args.data_root)
     pictures = []
     for i in range(args.first, args.first + count):
         try:
-            pictures.append(held_out.image(i % len(held_out)))
-        except Exception as error:                      # as above
-            raise UserError(f"--data: {held_out.name(i % len(held_out))} cannot be read as an image ({type(error).__name__}); "
-                            f"--first starts after it") from None
+            pictures.append(held_out[i % len(held_out)][0])
+        except data.BadFile as error:
+            raise UserError(f"--data: {error}; --first starts after it") from None
     return pictures
 
 
 def squares(pictures, side):
     """The largest centred square of each, resized: (n, 3, side, side) in [0, 1]."""
-    resized = [picture.resize((side, side), Image.BICUBIC, box=data.centre_box(*picture.size)) for picture in pictures]
-    return torch.stack([data.to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1)) for picture in resized])
+    resized = [picture.resize((side, side), Image.BICUBIC, box=data.centre_box(*picture.size))
+               for picture in pictures]
+    return torch.stack([data.to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+                        for picture in resized])
 
 
 def whole(picture, side, multiple):
-    """All of a picture, (1, 3, H, W): the shorter side is made `side` pixels, both multiples of `multiple`, the longer one at
-    most three times as long (what is beyond that is cut off on both ends)."""
+    """All of a picture, (1, 3, H, W): the shorter side is made `side` pixels, both multiples of `multiple`,
+    the longer one at most three times as long (what is beyond that is cut off on both ends)."""
     width, height = picture.size
     scale = side / min(width, height)
-    W, H = (max(multiple, round(min(length * scale, 3 * side) / multiple) * multiple) for length in (width, height))
+    W, H = (max(multiple, round(min(length * scale, 3 * side) / multiple) * multiple)
+            for length in (width, height))
     w, h = min(width, W / scale), min(height, H / scale)
     box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
-    return data.to_float(torch.from_numpy(np.array(picture.resize((W, H), Image.BICUBIC, box=box))).permute(2, 0, 1))[None]
+    resized = np.array(picture.resize((W, H), Image.BICUBIC, box=box))
+    return data.to_float(torch.from_numpy(resized).permute(2, 0, 1))[None]
 
 
 def at_size(model, image_hw):
@@ -585,26 +649,27 @@ def at_size(model, image_hw):
         return model
     other = vit.VisionTransformer(dataclasses.replace(model.config, image_size=image_hw))
     state = vit.resize_positions(model.state_dict(), other.config, model.config.grid)
-    other.load_state_dict({name: tensor for name, tensor in state.items() if name in other.state_dict()}, strict=False)
+    other.load_state_dict({name: tensor for name, tensor in state.items() if name in other.state_dict()},
+                          strict=False)
     return other.eval()
 
 
 def masks_for(args, grid, count):
     """count blockwise masks of --ratio: (count, h, w) bool."""
     num_masked = number_to_mask(args, grid)
-    return np.stack([blockwise_mask(grid, num_masked, np.random.default_rng([args.seed, i])) for i in range(count)])
+    return np.stack([blockwise_mask(grid, num_masked, np.random.default_rng([args.seed, i]))
+                     for i in range(count)])
 
 
 def number_to_mask(args, grid):
     """How many patches --ratio is on a grid. UserError where that is none or all."""
     if not (0 < args.ratio < 1 and int(args.ratio * math.prod(grid)) >= 1):
-        raise UserError(f"--ratio: between 0 and 1 so that some of the {math.prod(grid)} patches are masked and some are not, not {args.ratio:g}")
+        raise UserError(f"--ratio: between 0 and 1 so that some of the {math.prod(grid)} patches are masked "
+                        f"and some are not, not {args.ratio:g}")
     return int(args.ratio * math.prod(grid))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line: one function for each WHAT, args -> Figure
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line: one function for each WHAT, args -> Figure ----
 
 def masks(args):
     """blockwise beside random masks, and the statistics of 10,000 draws"""
@@ -613,7 +678,8 @@ def masks(args):
     pictures = open_pictures(args, count)
     images = squares(pictures, max(args.size or 112, *grid))
     rng = np.random.default_rng(args.seed)
-    kinds = [np.stack([draw(grid, num_masked, rng) for _ in pictures]) for draw in (blockwise_mask, random_mask)]
+    kinds = [np.stack([draw(grid, num_masked, rng) for _ in pictures])
+             for draw in (blockwise_mask, random_mask)]
     return figure_masks(images, *kinds, mask_statistics(grid, num_masked, rng))
 
 
@@ -629,7 +695,8 @@ def tokens(args):
     found = torch.cat([tokenizer.tokenize(some) for some in images.split(32)])
     first = images[:count]
     soft = tokenizer.eval()(first, 1 / 16).images
-    return figure_tokens(first, found[:count], soft, tokenizer.decode(found[:count]), code_pages(images, found, args.codes))
+    return figure_tokens(first, found[:count], soft, tokenizer.decode(found[:count]),
+                         code_pages(images, found, args.codes))
 
 
 def default_token_side(args, tokenizer):
@@ -642,26 +709,23 @@ def default_token_side(args, tokenizer):
 def predict(args):
     """masked images, the tokenizer's best, and the model's prediction"""
     model = open_model(args, vit.MaskedImageModel)
-    tokenizer, config = open_tokenizer(args), model.config
+    tokenizer = open_tokenizer(args)
     if tokenizer.vocab_size != model.lm_head.out_features:
-        raise UserError(f"--tokenizer: it has {tokenizer.vocab_size} codes, the model predicts {model.lm_head.out_features}")
+        raise UserError(f"--tokenizer: it has {tokenizer.vocab_size} codes, the model predicts "
+                        f"{model.lm_head.out_features}")
     pictures = open_pictures(args, args.count or 12)
-    images, mask, found, predicted, columns = predictions(model, tokenizer, pictures, masks_for(args, config.grid, len(pictures)))
-    return figure_predictions(columns, mask.numpy(), (found == predicted).numpy(), 1 if len(pictures) < 3 else 2)
+    images, token_images, mask = masked_views(model, tokenizer, pictures, args)
+    columns, right = predictions(model, images, mask, tokenizer, token_images)
+    return figure_predictions(columns, mask, right, 1 if len(pictures) < 3 else 2)
 
 
-def predictions(model, tokenizer, pictures, mask):
-    """images (n, 3, H, W), mask, true and predicted tokens (n, h, w), and title -> pictures for figure_predictions."""
+def masked_views(model, tokenizer, pictures, args):
+    """images (n, 3, H, W), the tokenizer's view of them, and blockwise masks (n, h, w) of --ratio."""
     side, grid = model.config.image_hw[0], model.config.grid
     if grid[0] != grid[1]:
         raise UserError(f"--init: a model for squares, not for {grid[0]}x{grid[1]} patches")
-    images, mask = squares(pictures, side), torch.from_numpy(mask)
-    true = tokenizer.tokenize(squares(pictures, grid[0] * tokenizer.downsample))
-    logits = torch.cat([model(some, hidden, torch.ones_like(hidden)) for some, hidden in zip(images.split(8), mask.split(8))])
-    predicted = logits.argmax(-1).view(mask.shape)
-    columns = {"original": images, "masked": torch.stack([hide(image, one) for image, one in zip(images, mask)]),
-               "tokenizer at best": tokenizer.decode(true), "prediction": tokenizer.decode(torch.where(mask, predicted, true))}
-    return images, mask, true, predicted, columns
+    mask = torch.from_numpy(masks_for(args, grid, len(pictures)))
+    return squares(pictures, side), squares(pictures, grid[0] * tokenizer.downsample), mask
 
 
 @torch.no_grad()
@@ -675,14 +739,16 @@ def attention(args):
     image = whole(picture, side, P)
     model = at_size(model, tuple(image.shape[-2:]))
     grid, depth = model.config.grid, model.config.depth
-    references = [reference_of(text, grid) for text in args.patch] if args.patch else reference_patches(image[0], grid)
+    references = [reference_of(text, grid) for text in args.patch or ()] or reference_patches(image[0], grid)
     if not -depth <= (args.layer - 1 if args.layer > 0 else args.layer) < depth or args.layer == 0:
         raise UserError(f"--layer: 1 to {depth}, or -1 for the last, not {args.layer}")
     maps = every_attention_map(model, image)
     if args.rollout:
-        return figure_attention(image[0], rollout(maps)[0], references, grid, "attention rollout over all layers")
+        return figure_attention(image[0], rollout(maps)[0], references, grid,
+                                "attention rollout over all layers")
     layer = range(depth)[args.layer - 1 if args.layer > 0 else args.layer]
-    return figure_attention(image[0], maps[layer][0], references, grid, f"self-attention of layer {layer + 1} of {depth}")
+    return figure_attention(image[0], maps[layer][0], references, grid,
+                            f"self-attention of layer {layer + 1} of {depth}")
 
 
 def reference_of(text, grid):
@@ -706,20 +772,24 @@ def attention_distance(args):
     torch.manual_seed(args.seed)
     random = vit.VisionTransformer(model.config).eval()
     distances = {}
-    for label, one in (("pre-trained" if isinstance(model, vit.MaskedImageModel) else "trained", model), ("random weights", random)):
-        distances[label] = torch.stack([attention_distances(every_attention_map(one, some), model.config.grid, model.config.patch_size)
-                                        for some in images.split(8) if len(some)]).mean(0)
+    grid, patch_size = model.config.grid, model.config.patch_size
+    name = "pre-trained" if isinstance(model, vit.MaskedImageModel) else "trained"
+    for label, one in ((name, model), ("random weights", random)):
+        parts = [attention_distances(every_attention_map(one, some), grid, patch_size)
+                 for some in images.split(8)]
+        distances[label] = torch.stack(parts).mean(0)
     return figure_attention_distance(distances)
 
 
 @torch.no_grad()
 def attention_objects(args):
-    """attention on an object over its share of the image, by layer, on held-out shapes: --init, --compare FILE..., random"""
+    """attention on an object over its share of the image: --init, --compare FILE ..., random weights"""
     model = open_model(args)
     torch.manual_seed(args.seed)
     models = {"pre-trained" if isinstance(model, vit.MaskedImageModel) else "trained": model}
     for path in args.compare:
-        models[str(Path(path).parent.name or path)] = open_model(argparse.Namespace(init=path, data=args.data), flag="--compare")
+        other = open_model(argparse.Namespace(init=path, data=args.data), flag="--compare")
+        models[str(Path(path).parent.name or path)] = other
     models["random weights"] = vit.VisionTransformer(model.config).eval()
     scenes = [data.render_scene("val", index) for index in range(args.count or 500)]
     ratios = {"all patches": {}, "without neighbours": {}}
@@ -737,7 +807,7 @@ def attention_objects(args):
 
 
 def object_scenes(scenes, config):
-    """Of scenes of data.render_scene: images (n, 3, S, S), and the share of each patch that the main object's class covers."""
+    """Scenes of data.render_scene as images (n, 3, S, S), and how much of each patch the object covers."""
     side = config.image_hw[0]
     images = squares([Image.fromarray(image) for image, _, _ in scenes], side)
     on_object = torch.stack([torch.from_numpy(classes == 1 + label) for _, label, classes in scenes]).float()
@@ -752,7 +822,7 @@ def positions(args):
 def curves(args):
     """loss, accuracy, learning rate and throughput of one or several runs"""
     try:
-        return figure_curves(read_runs(args.runs or [f"runs/pretrain-{training.data_name(args.data)}"]))
+        return figure_curves(read_runs(args.runs or [f"runs/pretrain-{Path(args.data).resolve().name}"]))
     except ValueError as error:
         raise UserError(f"--runs: {error}") from None
 
@@ -763,28 +833,40 @@ def pipeline(args):
     model = open_model(args, vit.MaskedImageModel)
     tokenizer = open_tokenizer(args)
     if tokenizer.vocab_size != model.lm_head.out_features:
-        raise UserError(f"--tokenizer: it has {tokenizer.vocab_size} codes, the model predicts {model.lm_head.out_features}")
+        raise UserError(f"--tokenizer: it has {tokenizer.vocab_size} codes, the model predicts "
+                        f"{model.lm_head.out_features}")
     pictures = open_pictures(args, 1)[:1]
-    images, mask, true, predicted, columns = predictions(model, tokenizer, pictures, masks_for(args, model.config.grid, 1))
-    return figure_pipeline(images[0], mask[0], true[0], predicted[0], columns["tokenizer at best"][0], columns["prediction"][0])
+    images, token_images, mask = masked_views(model, tokenizer, pictures, args)
+    columns, _ = predictions(model, images, mask, tokenizer, token_images)
+    predicted = model(images, mask, torch.arange(mask.numel())).argmax(-1).view(mask.shape)
+    true = tokenizer.tokenize(token_images)
+    return figure_pipeline(images[0], mask[0], true[0], predicted[0], columns["tokenizer at best"][0],
+                           columns["prediction"][0])
 
 
 FIGURES = {function.__name__.replace("_", "-"): function for function in (
     masks, tokens, predict, attention, attention_distance, attention_objects, positions, curves, pipeline)}
 FLAGS = {
-    "init": (dict(metavar="FILE"), "weights: a model.pt, or a released checkpoint; default: what `pretrain.py` left for --data"),
-    "tokenizer": (dict(metavar="FILE"), "a model.pt of dvae.py or DALL-E's encoder.pkl; default: that of --init's run"),
+    "init": (dict(metavar="FILE"), "weights: a model.pt, or a released checkpoint; default: what "
+             "`pretrain.py` left for --data"),
+    "tokenizer": (dict(metavar="FILE"), "a model.pt of dvae.py or DALL-E's encoder.pkl; default: that of "
+                  "--init's run"),
     "images": (dict(nargs="+", metavar="FILE"), "image files; default: held-out images of --data"),
-    "data": (dict(default="shapes"), "shapes, fashion-mnist, cifar10, cifar100, or a folder of images (shapes)"),
-    "data-root": (dict(default="data", metavar="FOLDER"), "folder that holds the files of fashion-mnist, cifar10 and cifar100 (data)"),
-    "first": (dict(type=int, default=0, metavar="N"), "number of the first held-out image of --data to take (0)"),
+    "data": (dict(default="shapes"), "shapes, fashion-mnist, cifar10, cifar100, or a folder of images "
+             "(shapes)"),
+    "data-root": (dict(default="data", metavar="FOLDER"), "folder that holds the files of fashion-mnist, "
+                  "cifar10 and cifar100 (data)"),
+    "first": (dict(type=int, default=0, metavar="N"), "number of the first held-out image of --data to "
+              "take (0)"),
     "count": (dict(type=int, metavar="N"), "how many images"),
-    "size": (dict(type=int, metavar="PIXELS"), "the shorter side of images; default: what the model was made for"),
+    "size": (dict(type=int, metavar="PIXELS"), "the shorter side of images; default: what the model was "
+             "made for"),
     "seed": (dict(type=int, default=0), "of masks and random weights (0)"),
     "ratio": (dict(type=float, default=0.4), "share of the patches to mask (0.4)"),
     "grid": (dict(type=int, nargs=2, default=(14, 14), metavar=("ROWS", "COLUMNS")), "patch grid (14 14)"),
     "codes": (dict(type=int, default=16, metavar="K"), "how many of the most used codes (16)"),
-    "patch": (dict(action="append", metavar="ROW,COL"), "reference patch, repeatable; S for the special token; default: three likely on objects"),
+    "patch": (dict(action="append", metavar="ROW,COL"), "reference patch, repeatable; S for the special "
+              "token; default: three likely on objects"),
     "layer": (dict(type=int, default=-1), "1 for the first, -1 for the last (-1)"),
     "rollout": (dict(action="store_true"), "all layers together: attention rollout"),
     "compare": (dict(nargs="+", default=[], metavar="FILE"), "more models beside --init"),
@@ -794,19 +876,24 @@ FLAGS = {
 }
 SOURCE = ("images", "data", "data-root", "first", "count")
 TAKES = {
-    "masks": (*SOURCE, "size", "seed", "ratio", "grid"), "tokens": ("init", "tokenizer", *SOURCE, "size", "codes"),
-    "predict": ("init", "tokenizer", *SOURCE, "seed", "ratio"), "pipeline": ("init", "tokenizer", "images", "data", "data-root", "first", "seed", "ratio"),
+    "masks": (*SOURCE, "size", "seed", "ratio", "grid"),
+    "tokens": ("init", "tokenizer", *SOURCE, "size", "codes"),
+    "predict": ("init", "tokenizer", *SOURCE, "seed", "ratio"),
+    "pipeline": ("init", "tokenizer", "images", "data", "data-root", "first", "seed", "ratio"),
     "attention": ("init", "images", "data", "data-root", "first", "size", "patch", "layer", "rollout"),
-    "attention-distance": ("init", *SOURCE, "seed"), "attention-objects": ("init", "compare", "count", "seed"),
-    "positions": ("init", "data"), "curves": ("runs", "data"),
+    "attention-distance": ("init", *SOURCE, "seed"),
+    "attention-objects": ("init", "compare", "count", "seed"),
+    "positions": ("init", "data"),
+    "curves": ("runs", "data"),
 }
 
 
 def main():
-    parser = training.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for what, function in FIGURES.items():
-        command = commands.add_parser(what, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
+        command = commands.add_parser(what, help=function.__doc__, description=function.__doc__,
+                                      allow_abbrev=False)
         for flag in (*TAKES[what], "dpi", "out"):
             how, text = FLAGS[flag]
             command.add_argument(f"--{flag}", **how, help=text)
@@ -829,7 +916,10 @@ def main():
         if not there.is_dir():
             raise UserError(f"--out: {there} is not a folder")
         figure = FIGURES[args.what](args)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: cannot make {out.parent} ({error.strerror})") from None
         figure.savefig(out, dpi=args.dpi)
         training.say(f"written to {out}")
 

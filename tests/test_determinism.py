@@ -1,169 +1,100 @@
-"""How the work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample, no crop and no
-mask, and no loss by more than rounding.
-"""
+"""How the work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample,
+no crop and no mask, and no loss by more than rounding."""
 import hashlib
-import itertools
-import json
-import os
 import signal
-import subprocess
-import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import equal, finished, log, start
+from torch.utils.data import Subset
 
 import data
-import dvae
-import pretrain
-import training
-from conftest import ROOT
+from masking import blockwise_mask, random_mask
 
-CPU = torch.device("cpu")
-BATCH, STEPS = 24, 5                                                   # of 50 images: two steps an epoch, so five steps reach the third
-WORKERS, WORLDS, PARTS = (0, 1, 4), (1, 2, 3), (1, 4)
-FLAGS = ["--image-size", "32", "--patch-size", "8", "--dim", "16", "--depth", "2", "--heads", "2", "--batch-size", str(BATCH),
-         "--precision", "fp32", "--jitter", "0.4", "--log-every", "1", "--seed", "7"]
+STEPS, BATCH = 5, 24    # of 50 images: two steps an epoch, so that five steps reach the third
 
 
-# the data path ----------------------------------------------------------------------------------------------------------
+# ---- The data path ----
 
-class FiftyShapes(data.Shapes):
-    """Fifty scenes, so that a few steps are several epochs."""
-
-    def __len__(self):
-        return 50
-
-
-def config_of(*flags):
-    return training.parse(pretrain.Config, pretrain.PRESETS, [*FLAGS, "--steps", str(STEPS), *map(str, flags)])
-
-
-def global_batches(config, start=0, stop=STEPS, *, world=1, parts=1):
-    """For each step, the global batch that all processes and parts together see: two views, colours, mask, in the order of the
-    samples."""
-    views, _ = pretrain.make_views(config, FiftyShapes("train"), FiftyShapes("val"), 16)
-    loaders = [iter(data.train_loader(views, config, CPU, start=start, stop=stop, rank=rank, world_size=world)) for rank in range(world)]
-    batches = []
+def global_batches(start=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, draw_mask=blockwise_mask):
+    """A checksum of the two views and the mask that all processes and parts together see, for each step."""
+    config = SimpleNamespace(batch_size=BATCH, accumulate=parts, seed=seed, workers=workers)
+    views = data.Views(Subset(data.Shapes("train"), range(50)), 32, 16, partial(draw_mask, (4, 4), 6), seed=seed)
+    loaders = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world))
+        for rank in range(world):
+            patch.setenv("RANK", str(rank))
+            loaders.append(iter(data.train_loader(views, config, torch.device("cpu"), start, stop)))
+    sums = []
     for _ in range(start, stop):
         pieces = [next(loader) for _ in range(parts) for loader in loaders]
-        batches.append([torch.cat(column) for column in list(zip(*pieces))[:4]])
+        columns = [torch.cat(column) for column in zip(*pieces)]
+        assert [len(column) for column in columns] == [BATCH] * 3
+        sums.append([hashlib.sha256(column.numpy().tobytes()).hexdigest() for column in columns])
     assert all(next(loader, None) is None for loader in loaders)
-    return batches
-
-
-def checksums(batches):
-    return [[hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for tensor in batch] for batch in batches]
+    return sums
 
 
 @pytest.fixture(scope="module")
 def undivided():
-    """The checksums of one process without workers, parts and breaks; whose steps all differ."""
-    sums = checksums(global_batches(config_of()))
-    assert len({sum for step in sums for sum in step}) == 4 * STEPS
+    """One process without workers, parts and breaks; its steps all differ."""
+    sums = global_batches()
+    assert len({column for step in sums for column in step}) == 3 * STEPS
     return sums
 
 
-@pytest.mark.parametrize("masking", ["blockwise", "random"])
-def test_the_seed_is_what_decides(masking):
-    a, b, c = (checksums(global_batches(config_of("--masking", masking, "--seed", seed), stop=2)) for seed in (7, 7, 8))
-    assert a == b and not {sum for step in a for sum in step} & {sum for step in c for sum in step}
+@pytest.mark.parametrize("draw_mask", [blockwise_mask, random_mask])
+def test_the_seed_decides(draw_mask):
+    a, b, c = (global_batches(stop=2, seed=seed, draw_mask=draw_mask) for seed in (7, 7, 8))
+    assert a == b and not {column for step in a for column in step} & {column for step in c for column in step}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers, world, parts", list(itertools.product(WORKERS, WORLDS, PARTS)))
+@pytest.mark.parametrize("workers, world, parts", [
+    (0, 1, 4), (0, 2, 1), (0, 3, 4), (1, 1, 1), (1, 2, 4), (4, 1, 4), (2, 3, 1)])
 def test_every_division_sees_the_same_global_batches(workers, world, parts, undivided):
-    """Sample order, both crops, colours and masks, by checksum of the concatenated batch; also where a run stops and goes on."""
-    config = config_of("--workers", workers, "--accumulate", parts)
-    assert checksums(global_batches(config, world=world, parts=parts)) == undivided
-    if not workers:                                     # five pieces; with workers, the runs below
-        continued = [batch for step in range(STEPS) for batch in global_batches(config, start=step, stop=step + 1, world=world, parts=parts)]
-        assert checksums(continued) == undivided
+    assert global_batches(workers=workers, world=world, parts=parts) == undivided
 
 
-# runs -------------------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A tokenizer with random weights, whose tokens vary."""
-    torch.manual_seed(0)
-    model = dvae.DiscreteVAE(vocab_size=64, hidden=8, groups=3, blocks_per_group=1)
-    model.initialise_codes(torch.rand(16, 3, 16, 16))
-    path = tmp_path_factory.mktemp("tokenizer") / "model.pt"
-    torch.save({"model": model.state_dict(), "config": model.config, "kind": "DiscreteVAE"}, path)
-    return path
+def test_a_run_in_pieces_sees_the_same_global_batches(undivided):
+    assert [batch for step in range(STEPS) for batch in global_batches(step, step + 1)] == undivided
 
 
-RUN = """
-import os, sys, signal
-import data, pretrain, training
-data.Shapes.__len__ = lambda self: 120
-stop, end = int(os.environ.get("STOP_AT", 0)), training.Run.exchange
-def told(self, step, *more):                    # the signal arrives in the middle of the step; on one process, all are told
-    if step == stop and training.rank() == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return end(self, step, *more)
-training.Run.exchange = told
-pretrain.main()
-"""
+# ---- Runs ----
 
-
-def start(folder, tokenizer, *flags, processes=1, stop_at=0):
-    """pretrain.py on 120 scenes, five steps an epoch, for 12 steps; stop_at: SIGTERM in the middle of that step."""
-    if not (folder.parent / "run.py").exists():         # others read it
-        (folder.parent / "run.py").write_text(RUN)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launch, str(folder.parent / "run.py"), "--out", str(folder), *FLAGS, "--tokenizer", str(tokenizer), "--steps", "12",
-                             *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STOP_AT": str(stop_at)})
-
-
-def log(folder):
-    """metrics.jsonl without the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
-def weights_of(folder):
-    return torch.load(folder / "model.pt")["model"]
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def finished(started):
-    for process in started:
-        printed = process.communicate(timeout=400)
-        assert process.returncode == 0, printed
+FLAGS = ["--jitter", "0.4", "--seed", "7", "--steps", "12"]
 
 
 @pytest.mark.long
 def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
-    """0, 1 and 4 workers, and a run in five pieces with 0, 1 and 4 of them: the arithmetic is the same, so the log and the
-    weights are, bit for bit; stochastic depth included."""
-    whole = [start(tmp_path / f"{workers}", tokenizer, "--drop-path", "0.2", "--workers", str(workers)) for workers in WORKERS]
-    for piece, at in enumerate((2, 5, 6, 10)):
-        process = start(tmp_path / "pieces", tokenizer, "--drop-path", "0.2", "--workers", str(WORKERS[piece % 3]), stop_at=at)
-        printed = process.communicate(timeout=400)
-        assert process.returncode == -signal.SIGTERM and f"stopped after step {at} of 12" in printed[0], printed
-    finished([*whole, start(tmp_path / "pieces", tokenizer, "--drop-path", "0.2")])
-    expected = log(tmp_path / "0")
-    assert [line["step"] for line in expected] == list(range(1, 13))
-    same = {name: log(tmp_path / name) == expected and equal(weights_of(tmp_path / name), weights_of(tmp_path / "0")) for name in ("1", "4", "pieces")}
-    record_fault("SIGTERM in the middle of a step, run in five pieces", 4, int(not same["pieces"]))
+    """With stochastic depth: 0, 1 and 2 workers, and a run in three pieces with so many."""
+    flags = [*FLAGS, "--tokenizer", tokenizer, "--drop-path", "0.2"]
+    whole = [start(tmp_path / f"{workers}", *flags, "--workers", workers) for workers in (0, 1, 2)]
+    for workers, step in ((1, 2), (2, 9)):
+        stopped = start(tmp_path / "pieces", *flags, "--workers", workers, signal=signal.SIGTERM, at_step=step)
+        said, errors = finished(stopped, -signal.SIGTERM)
+        assert f"SIGTERM: stopped after step {step}; " in said and "Traceback" not in errors
+    for process in [*whole, start(tmp_path / "pieces", *flags)]:
+        finished(process)
+    lines = {name: log(tmp_path / name) for name in ("0", "1", "2", "pieces")}
+    states = {name: torch.load(tmp_path / name / "model.pt")["model"] for name in lines}
+    assert [line["step"] for line in lines["0"]] == list(range(1, 13))
+    same = {name: lines[name] == lines["0"] and equal(states[name], states["0"]) for name in lines}
+    record_fault("SIGTERM in the middle of a step, run in three pieces", 2, int(not same["pieces"]))
     assert all(same.values()), same
 
 
 @pytest.mark.long
 def test_processes_and_parts_change_no_more_than_rounding(tokenizer, tmp_path):
-    """1, 2 and 3 processes, and 4 accumulated parts on 1 and 3: the same sums in another order, 1e-4 of each loss."""
-    layouts = {"1": (1,), "2": (2,), "3": (3,), "1x4": (1, "--accumulate", "4"), "3x4": (3, "--accumulate", "4", "--workers", "1")}
-    started = {}
-    for name, (processes, *flags) in layouts.items():
-        started[name] = start(tmp_path / name, tokenizer, *flags, processes=processes)
-        if len(started) % 2 == 0:
-            finished(started.values())
-    finished(started.values())
-    for name in list(layouts)[1:]:
-        for one, other in zip(log(tmp_path / "1"), log(tmp_path / name), strict=True):
-            for figure in ("loss", "grad_norm", *(["val_loss"] if "val_loss" in one else [])):
-                assert other[figure] == pytest.approx(one[figure], rel=1e-4), (name, one["step"], figure)
+    """3 processes with 4 accumulated parts each: the same sums in another order, 1e-4 of each figure."""
+    divided = "--accumulate", "4", "--workers", "1"
+    processes = [start(tmp_path / "1", *FLAGS, "--tokenizer", tokenizer),
+                 start(tmp_path / "3x4", *FLAGS, "--tokenizer", tokenizer, *divided, processes=3)]
+    for process in processes:
+        finished(process)
+    for one, other in zip(log(tmp_path / "1"), log(tmp_path / "3x4"), strict=True):
+        for name in one.keys() & {"loss", "grad_norm", "val_loss"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)

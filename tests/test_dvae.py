@@ -1,17 +1,33 @@
+"""The discrete VAE: its terms by hand, against the dall_e package, and short training runs."""
+import dataclasses
+import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import equal, log
 
+import data
 import dvae
+import training
+import weights
 from dvae import DiscreteVAE, logit_laplace_nll, map_pixels, perplexity, unmap_pixels
+from training import UserError
+
+CPU = torch.device("cpu")
 
 
-def small(seed=0, **more):
-    torch.manual_seed(seed)
+def small(**more):
+    torch.manual_seed(0)
     return DiscreteVAE(**{"vocab_size": 32, "hidden": 8, "groups": 3, "blocks_per_group": 1, **more})
 
+
+def smooth_images(count):
+    """Random images without noise, (count, 3, 16, 16)."""
+    return torch.rand(count, 3, 16, 16).cumsum(2).cumsum(3) / 256
+
+
+# ---- The ELBO ----
 
 def test_logit_laplace_by_hand():
     # x = 1/2: logit 0, x (1 - x) = 1/4. b = 1, mu = 2: f = exp(-2) / (2 * 1/4), so -ln f = ln(1/2) + 2
@@ -29,7 +45,7 @@ def test_logit_laplace_is_a_density(mu, log_b):
     assert total.item() == pytest.approx(1, abs=1e-3)
 
 
-def test_pixels_are_squeezed_and_back():
+def test_pixels_are_mapped_and_back():
     x = torch.rand(5)
     assert map_pixels(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
     torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
@@ -44,110 +60,71 @@ def test_elbo_is_reduced_as_stated():
     log_q = logits.log_softmax(1)
     per_token = math.log(32) + (log_q.exp() * log_q).sum(1)
     assert kl.item() == pytest.approx(per_token.mean().item(), rel=1e-5)
-    z = (logits / 0.7).softmax(1)
-    six = model.decoder.blocks(z)                                      # the plain way: a 1x1 convolution over V channels
-    mu, log_b = six[:, :3], six[:, 3:]
+    mu, log_b = model.decoder.blocks((logits / 0.7).softmax(1)).chunk(2, dim=1)
     x = 0.8 * images + 0.1
     nll = math.log(2) + log_b + (x * (1 - x)).log() + (torch.logit(x) - mu).abs() / log_b.exp()
     assert reconstruction.item() == pytest.approx(nll.mean().item(), rel=1e-5)
-    torch.testing.assert_close(output, ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1), atol=1e-5, rtol=1e-5)
-
-
-def test_cold_codes_are_hard_codes():
-    model = small().eval()
-    images = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images, 1e-6).images, model.decode(model.tokenize(images)), atol=1e-4, rtol=1e-4)
-
-
-def test_tokens():
-    model = small()
-    images = torch.rand(2, 3, 16, 24)
-    tokens = model.tokenize(images)                                    # in training mode, and still without noise
-    assert tokens.dtype == torch.int64 and tokens.shape == (2, 4, 6) and model.downsample == 4
-    assert torch.equal(tokens, model.encode(images).argmax(1))
-
-
-def test_noise_is_gumbel():
-    """argmax of logits + Gumbel noise is a draw from softmax(logits): at a low temperature, code frequencies are q."""
-    logits = torch.tensor([0.0, 1.0, 2.0]).expand(2, 100_000, 3)
-    drawn = (logits + dvae.gumbel_noise((100_000, 3), [1, 2], torch.device("cpu"))).argmax(-1).flatten()
-    torch.testing.assert_close(drawn.bincount() / len(drawn), logits[0, 0].softmax(0), atol=5e-3, rtol=0)
-
-
-def test_noise_of_an_image_is_the_same_in_any_batch():
-    cpu = torch.device("cpu")
-    noise = dvae.gumbel_noise((4, 32), [5, 6, 7], cpu)
-    assert torch.equal(noise[1:], dvae.gumbel_noise((4, 32), [6, 7], cpu)) and torch.equal(noise[2:], dvae.gumbel_noise((4, 32), [7], cpu))
-    assert not torch.equal(noise[0], noise[1])
-
-
-@pytest.mark.parametrize("seeds", [None, [1, 2, 3, 4, 5]], ids=["plain", "noise"])
-@pytest.mark.parametrize("logits_at_a_time", [1, 2 * 6 * 50, 10 ** 6])
-def test_codes_and_kl_have_the_plain_values_and_gradients(monkeypatch, seeds, logits_at_a_time):
-    torch.manual_seed(0)
-    features, w, b, table = given = [torch.randn(shape, requires_grad=True) for shape in ((5, 6, 16), (50, 16), (50,), (128, 50))]
-    logits = features @ w.t() + b
-    log_q = logits.log_softmax(-1)
-    noise = dvae.gumbel_noise((6, 50), seeds, features.device) if seeds else 0
-    codes = ((logits + noise) / 0.7).softmax(-1) @ table.t()
-    kl = math.log(50) + (log_q.exp() * log_q).sum(-1).mean()
-    expected = torch.autograd.grad(codes.square().sum() + 30 * kl, given)
-    monkeypatch.setitem(dvae.CHUNK, "cpu", logits_at_a_time)
-    ours = dvae.GumbelCodes.apply(*given, 0.7, seeds)
-    torch.testing.assert_close(ours, (codes, kl), atol=1e-5, rtol=1e-5)
-    for gradient, plain in zip(torch.autograd.grad(ours[0].square().sum() + 30 * ours[1], given), expected, strict=True):
-        torch.testing.assert_close(gradient, plain, atol=1e-4 * plain.abs().max().item(), rtol=1e-4)
+    expected = ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_kl_to_uniform_by_hand():
-    q = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1 - 3e-9, 1e-9, 1e-9, 1e-9], [0.5, 0.5 - 2e-9, 1e-9, 1e-9]])
-    for row, expected in zip(q, [0, math.log(4), math.log(2)]):
-        _, kl = dvae.GumbelCodes.apply(torch.ones(1, 1, 1), row.log()[:, None], torch.zeros(4), torch.ones(128, 4), 1.0, None)
-        assert kl.item() == pytest.approx(expected, abs=1e-6)
+    model, images = small(vocab_size=4), torch.rand(1, 3, 4, 4)
+    for q, expected in (([0.25] * 4, 0), ([1 - 3e-9, 1e-9, 1e-9, 1e-9], math.log(4)),
+                        ([0.5, 0.5 - 2e-9, 1e-9, 1e-9], math.log(2))):
+        model.encode = lambda images: torch.tensor(q).log().view(1, 4, 1, 1)
+        assert model(images, 1.0).kl.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_tokens_of_a_coarse_encoder():
-    """Logits of near codes are close together: in half precision, many would be one number."""
-    model = small(vocab_size=512)
-    images = torch.rand(64, 3, 16, 16).cumsum(2).cumsum(3) / 256
-    model.initialise_codes(images)
-    fine, output = model.tokenize(images), model.encoder.blocks.output.conv
-    assert torch.equal(model.for_tokenizing(images.device, torch.bfloat16).tokenize(images), fine)       # three layers: bf16 would be too coarse
-    model.for_tokenizing(images.device, torch.float16)
-    assert model.encoder.blocks.input.w.dtype == torch.float16 and output.w.dtype == torch.float32 and not output.w.requires_grad
-    agree = (model.tokenize(images) == fine).float().mean()
-    rounded = F.linear(model.features(images), output.w.flatten(1).half(), output.b.half()).argmax(-1)
-    assert agree > 0.9 and agree > (rounded == fine).float().mean() + 0.2
-
-
-def test_tokens_under_autocast():
-    model = small(vocab_size=512)
-    images = torch.rand(16, 3, 16, 16).cumsum(2).cumsum(3) / 256
-    model.initialise_codes(images)
-    fine = model.tokenize(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.tokenize(images), fine)               # shallow: fp32 all the same
-    deep = dvae.DiscreteVAE(512, 8, groups=2, blocks_per_group=5).eval()
-    deep.initialise_codes(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        tokens, features, output = deep.tokenize(images), deep.features(images), deep.encoder.blocks.output.conv
-    assert features.dtype == torch.bfloat16
-    logits = F.linear(features.float(), output.w.flatten(1), output.b)
-    assert (tokens == logits.argmax(-1)).float().mean() > 0.99         # of these features, in fp32
+def test_noise_is_gumbel():
+    """At a low temperature, softmax((logits + noise) / temperature) is a draw from softmax(logits)."""
+    model, logits, codes = small(vocab_size=3), torch.tensor([0.0, 1.0, 2.0]), []
+    model.encode = lambda images: logits.view(1, 3, 1, 1).expand(1, 3, 300, 300)
+    model.decoder.blocks.input.register_forward_hook(lambda module, inputs, output: codes.append(inputs[0]))
+    model.decode_codes = lambda codes: (0, torch.zeros(1), torch.zeros(1))
+    model(torch.rand(1, 3, 4, 4), 1e-6)
+    torch.testing.assert_close(codes[0].mean((0, 2, 3)), logits.softmax(0), atol=5e-3, rtol=0)
 
 
 def test_noise_in_training_only():
-    model = small()
-    images = torch.rand(1, 3, 16, 16)
+    model, images = small(), torch.rand(1, 3, 16, 16)
     assert not torch.equal(model(images, 1.0).images, model(images, 1.0).images)
     model.eval()
     assert torch.equal(model(images, 1.0).images, model(images, 1.0).images)
 
 
+def test_cold_codes_are_hard_codes():
+    model, images = small().eval(), torch.rand(2, 3, 16, 16)
+    hard = model.decode(model.tokenize(images))
+    torch.testing.assert_close(model(images, 1e-6).images, hard, atol=1e-4, rtol=1e-4)
+
+
+# ---- Tokens ----
+
+def test_tokens():
+    model, images = small(), torch.rand(2, 3, 16, 24)
+    tokens = model.tokenize(images)                                    # in training mode, and still without noise
+    assert tokens.dtype == torch.int64 and tokens.shape == (2, 4, 6) and model.downsample == 4
+    assert torch.equal(tokens, model.encode(images).argmax(1))
+
+
+def test_tokens_under_autocast():
+    """Convolutions in bf16, the last one and argmax in true fp32: bf16 is too coarse for logits of near codes."""
+    model, images, tf32 = small(vocab_size=512), smooth_images(64), []
+    model.initialise_codes(images)
+    output = model.encoder.blocks.output.conv
+    fine = model.tokenize(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        features, rounded = model.features(images), model.encode(images).argmax(1)
+        output.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
+        tokens = model.tokenize(images)
+    assert features.dtype == torch.bfloat16 and tf32 == [False] and torch.backends.cudnn.allow_tf32
+    assert torch.equal(tokens, output(features.float()).argmax(1))
+    assert (tokens == fine).float().mean() > (rounded == fine).float().mean() + 0.1
+
+
 def test_initial_codes_are_all_over_the_images():
-    model = small(vocab_size=256)
-    images = torch.rand(32, 3, 16, 16).cumsum(2).cumsum(3) / 256
+    model, images = small(vocab_size=256), smooth_images(32)
     before = model.tokenize(images).unique().numel()
     model.initialise_codes(images)
     used = model.tokenize(images).unique().numel()
@@ -168,37 +145,126 @@ def test_sizes_that_do_not_fit():
         small(vocab_size=1)
 
 
+def test_evaluation_by_hand():
+    model = small()
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    report = dvae.evaluate(model, [(images[:1],), (images[1:],)], 0.5, CPU)    # batches of different sizes
+    x = data.to_float(images)
+    tokens = model.tokenize(x)
+    error = model.decode(tokens) - x
+    assert report == pytest.approx({
+        "soft_mse": (model(x, 0.5).images - x).square().mean().item(), "hard_mse": error.square().mean().item(),
+        "hard_mae": error.abs().mean().item(), "codes": tokens.unique().numel(),
+        "perplexity": perplexity(tokens.flatten().bincount())}, rel=1e-5)
+
+
+# ---- DALL-E's architecture ----
+
 def test_full_size_and_initialisation():
     torch.manual_seed(0)
     model = DiscreteVAE()
     assert sum(p.numel() for p in model.encoder.parameters()) == pytest.approx(53.8e6, rel=2e-3)
     assert model.encoder.blocks.group_2.block_1.post_gain == 1 / 64 and model.downsample == 8
-    for conv in (model.encoder.blocks.input, model.encoder.blocks.group_3.block_1.res_path.conv_2, model.decoder.blocks.output.conv):
+    for conv in (model.encoder.blocks.input, model.encoder.blocks.group_3.block_1.res_path.conv_2,
+                 model.decoder.blocks.output.conv):
         assert conv.w.std().item() == pytest.approx(conv.w[0].numel() ** -0.5, rel=0.05) and not conv.b.any()
-    names = set(model.encoder.state_dict())
-    assert {"blocks.input.w", "blocks.group_1.block_1.res_path.conv_1.b", "blocks.group_2.block_1.id_path.w",
-            "blocks.output.conv.w"} <= names and "blocks.group_1.block_1.id_path.w" not in names
 
 
-def test_equals_the_dall_e_package():
+def test_a_model_of_the_first_edition_equals_the_dall_e_package(tmp_path):
+    """Such a model.pt holds DALL-E's parameters below "encoder." and "decoder.", and the sizes."""
     dall_e = pytest.importorskip("dall_e")
-    ours = small(hidden=64, groups=4, blocks_per_group=2, vocab_size=512).eval()
+    torch.manual_seed(0)
     common = dict(n_hid=64, n_blk_per_group=2, vocab_size=512)
     encoder, decoder = dall_e.Encoder(**common), dall_e.Decoder(**common)
-    ours.encoder.load_state_dict(encoder.state_dict(), strict=True)
-    ours.decoder.load_state_dict(decoder.state_dict(), strict=True)
+    state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    config = dict(vocab_size=512, hidden=64, groups=4, blocks_per_group=2, in_channels=3)
+    torch.save({"model": state, "config": config, "kind": "DiscreteVAE"}, tmp_path / "model.pt")
+    ours = weights.load_tokenizer(tmp_path / "model.pt")
+    assert not ours.training and ours.state_dict().keys() == state.keys()
     for size in (16, 40):
         images = torch.rand(2, 3, size, size)
         logits = encoder(dall_e.map_pixels(images))
         torch.testing.assert_close(ours.encode(images), logits, atol=1e-5, rtol=1e-5)
-        z = torch.nn.functional.one_hot(logits.argmax(1), 512).permute(0, 3, 1, 2).float()
+        tokens = logits.argmax(1)
+        assert torch.equal(ours.tokenize(images), tokens)
+        z = torch.nn.functional.one_hot(tokens, 512).permute(0, 3, 1, 2).float()
         theirs = dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3]))
-        torch.testing.assert_close(ours.decode(logits.argmax(1)), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.decode(tokens), theirs, atol=1e-5, rtol=1e-5)
+
+
+# ---- Runs ----
+
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "__len__", lambda self: 10_000 if self.split == "train" else 48)
+        yield
+
+
+def configured(out, **more):
+    values = {**dvae.PRESETS["demo"], "preset": "demo", "steps": 6, "epochs": None, "batch_size": 8, "image_size": 16,
+              "vocab_size": 64, "hidden": 8, "save_every": 2, "out": str(out), **more}
+    return training.build(dvae.Config, values)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, few_held_out_images):
+    """Folder of a finished run of six steps."""
+    return dvae.train(configured(tmp_path_factory.mktemp("run")), CPU).parent
+
+
+def test_what_a_run_leaves(run):
+    result = json.loads((run / "result.json").read_text())
+    assert result["codes"] >= 2 and 1 <= result["perplexity"] <= 64
+    assert min(result["hard_mse"], result["soft_mse"], result["hard_mae"]) > 0
+    assert {"loss", "nll", "kl", "mse", "temperature", "kl_weight"} <= set(log(run)[0])
+    assert (run / "tokenizer.png").stat().st_size > 1000
+    model = weights.load_tokenizer(run / "model.pt")
+    assert model.vocab_size == 64 and model.downsample == 4
+    torch.save({"model": {}, "kind": "MaskedImageModel"}, run / "other.pt")
+    with pytest.raises(UserError, match="^--tokenizer: .* holds a MaskedImageModel"):
+        weights.load_tokenizer(run / "other.pt")
+
+
+def test_a_run_that_died_continues_bit_for_bit(run, tmp_path, monkeypatch):
+    exchange = training.Run.exchange
+
+    def dying(self, step, values):
+        if step == 5:
+            raise RuntimeError("died")
+        return exchange(self, step, values)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "exchange", dying)
+        with pytest.raises(RuntimeError, match="died"):
+            dvae.train(configured(tmp_path), CPU)
+    dvae.train(configured(tmp_path), CPU)
+    assert log(tmp_path) == log(run)
+    assert equal(torch.load(tmp_path / "model.pt")["model"], torch.load(run / "model.pt")["model"])
+
+
+def test_a_slow_encoder_moves_less(tmp_path):
+    moved = {}
+    for share in (0.0, 0.1, 1.0):
+        config = configured(tmp_path / f"{share}", steps=1, encoder_lr=share, ema=0.0, weight_decay=0.0)
+        state = torch.load(dvae.train(config, CPU))["model"]
+        moved[share] = [state[f"{part}.blocks.group_1.block_1.res_path.conv_1.w"] for part in ("encoder", "decoder")]
+    still, slow, fast = (moved[share][0] for share in moved)
+    torch.testing.assert_close((slow - still).norm() / (fast - still).norm(), torch.tensor(0.1), atol=0.01, rtol=0)
+    torch.testing.assert_close(moved[0.0][1], moved[1.0][1])
+
+
+def test_collapse_is_said(tmp_path, monkeypatch, capsys):
+    def collapse(self, images):
+        self.encoder.blocks.output.conv.b.data[0] += 50
+    monkeypatch.setattr(DiscreteVAE, "initialise_codes", collapse)
+    dvae.train(configured(tmp_path, steps=1, batch_size=4, vocab_size=512), CPU)
+    assert "warning: the codebook is collapsing, 1 of 512" in capsys.readouterr().out
 
 
 def test_features_for_tokenizing_compile_to_one_graph():
     torch.compiler.reset()
-    model, images = dvae.DiscreteVAE(vocab_size=30, hidden=8, groups=3, blocks_per_group=1).eval(), torch.rand(2, 3, 16, 16)
+    model, images = small().eval(), torch.rand(2, 3, 16, 16)
     expected = model.tokenize(images)
     model.features = torch.compile(model.features, fullgraph=True, backend="eager")
     assert torch.equal(model.tokenize(images), expected)
