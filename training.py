@@ -338,9 +338,12 @@ def damage(path):
     """What is wrong with a checkpoint, or None: the checksums of torch.save's zip archive are tested."""
     try:
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            broken, entries = archive.testzip(), archive.infolist()
+        files = {entry.filename for entry in entries if not entry.external_attr & 16}    # 16 marks a folder
+        if broken or len(files) < len(entries):
+            return f"{broken} fails its checksum" if broken else "its table of contents is wrong"
         torch.load(path, map_location="meta", weights_only=True)["step"]
-        return broken and f"{broken} fails its checksum"
+        return None
     except Exception as error:                                         # zipfile and torch raise a dozen kinds
         return type(error).__name__
 
@@ -354,7 +357,7 @@ class Run:
 
     def __init__(self, config, device, steps):
         self.config, self.steps, self.folder = config, steps, Path(config.out)
-        self.start, self._signal, self.told = 0, 0, 0    # first step to do; signal received; known to all ranks
+        self.start, self._signal, self.told = 0, 0, 0    # first step; signal received, known to all ranks
         self.finished = on_first_process(self._open)
         seen = torch.tensor(float((self.folder / "config.json").exists()), device=device)
         if all_sum(seen) < world_size():

@@ -189,7 +189,7 @@ def predictions(model, images, mask, tokenizer=None, token_images=None):
 
 
 def figure_predictions(columns, mask, right=None, columns_of_figure=2):
-    """columns: title -> (n, 3, ., .), as predictions gives them; right (n, h, w) bool: where tokens are right.
+    """columns: title -> (n, 3, ., .), as predictions gives them; right (n, h, w) bool: tokens that are right.
 
     Right tokens are outlined in the last column and counted at the left: those behind mask (n, h, w) bool, or
     all if nothing is masked.

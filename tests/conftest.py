@@ -78,11 +78,12 @@ def few_scenes():
 
 
 def start(out, *flags, processes=1, signal=0, at_step=0):
-    """Popen of pretrain.py with few_scenes. The first of its processes gets the signal in the middle of a step."""
+    """Popen of pretrain.py with few_scenes. Its first process gets the signal in the middle of a step."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
                 sys.executable] if processes > 1 else []
     command = [sys.executable, *torchrun, "-c", RUN, "--out", out, *SMALL, *flags]
-    told = {"ROOT": str(ROOT), "PYTHONPATH": str(ROOT / "tests"), "SIGNAL": str(int(signal)), "AT_STEP": str(at_step)}
+    told = {"ROOT": str(ROOT), "PYTHONPATH": str(ROOT / "tests"),
+            "SIGNAL": str(int(signal)), "AT_STEP": str(at_step)}
     return subprocess.Popen([str(word) for word in command], env={**os.environ, **told}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -1,4 +1,4 @@
-"""How the work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample,
+"""How work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample,
 no crop and no mask, and no loss by more than rounding."""
 import hashlib
 import signal
@@ -21,7 +21,8 @@ STEPS, BATCH = 5, 24    # of 50 images: two steps an epoch, so that five steps r
 def global_batches(start=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, draw_mask=blockwise_mask):
     """A checksum of the two views and the mask that all processes and parts together see, for each step."""
     config = SimpleNamespace(batch_size=BATCH, accumulate=parts, seed=seed, workers=workers)
-    views = data.Views(Subset(data.Shapes("train"), range(50)), 32, 16, partial(draw_mask, (4, 4), 6), seed=seed)
+    scenes = Subset(data.Shapes("train"), range(50))
+    views = data.Views(scenes, 32, 16, partial(draw_mask, (4, 4), 6), seed=seed)
     loaders = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world))
@@ -49,7 +50,8 @@ def undivided():
 @pytest.mark.parametrize("draw_mask", [blockwise_mask, random_mask])
 def test_the_seed_decides(draw_mask):
     a, b, c = (global_batches(stop=2, seed=seed, draw_mask=draw_mask) for seed in (7, 7, 8))
-    assert a == b and not {column for step in a for column in step} & {column for step in c for column in step}
+    assert a == b
+    assert not {column for step in a for column in step} & {column for step in c for column in step}
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -74,7 +76,8 @@ def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
     flags = [*FLAGS, "--tokenizer", tokenizer, "--drop-path", "0.2"]
     whole = [start(tmp_path / f"{workers}", *flags, "--workers", workers) for workers in (0, 1, 2)]
     for workers, step in ((1, 2), (2, 9)):
-        stopped = start(tmp_path / "pieces", *flags, "--workers", workers, signal=signal.SIGTERM, at_step=step)
+        stopped = start(tmp_path / "pieces", *flags, "--workers", workers,
+                        signal=signal.SIGTERM, at_step=step)
         said, errors = finished(stopped, -signal.SIGTERM)
         assert f"SIGTERM: stopped after step {step}; " in said and "Traceback" not in errors
     for process in [*whole, start(tmp_path / "pieces", *flags)]:

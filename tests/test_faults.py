@@ -260,7 +260,8 @@ def test_kill_9_of_the_other_scripts(place, record_fault):
     small = ["--preset", "demo", "--precision", "fp32", "--steps", 30, "--save-every", 3, "--log-every", 1]
     scripts = {
         "finetune": [*small, "--data", place / "labelled", "--init", place / "whole1" / "model.pt",
-                     "--batch-size", 12, "--drop-path", 0.2, "--mixup", 0.8, "--ema", 0.9, "--eval-every", 10],
+                     "--batch-size", 12, "--drop-path", 0.2, "--mixup", 0.8, "--ema", 0.9,
+                      "--eval-every", 10],
         "dvae": [*small, "--data", place / "images", "--image-size", 16, "--vocab-size", 64, "--hidden", 8,
                  "--batch-size", 8]}
 
@@ -474,7 +475,8 @@ def test_nan_in_a_batch_of_one_rank_stops_all(place, record_fault):
     process = start(place, "pretrain", *flags(place), "--out", out, torchrun=TWO, hurt=NOT_FINITE)
     status, said = end(process, 60)
     assert status == 1 and 'pretrain.py", line' not in said, said
-    assert len(errors(said)) == 2 and all("error: step 8: the loss is nan; " in line for line in errors(said)), said
+    assert len(errors(said)) == 2, said
+    assert all("error: step 8: the loss is nan; " in line for line in errors(said)), said
     checkpoint = torch.load(out / "last.pt")
     assert checkpoint["step"] == 6 and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
     assert len(log(out)) == 7

@@ -259,14 +259,13 @@ class PerPixel(nn.Module):
 
 
 def test_sliding_window():
-    model = PerPixel(16)
-    # as high as the window: covered, not resized
-    square, wide = torch.rand(2, 3, 16, 16), torch.rand(1, 3, 16, 45)
+    model, square = PerPixel(16), torch.rand(2, 3, 16, 16)
     for window in ("sliding", "whole"):
         torch.testing.assert_close(finetune.segment(model, square, window, FP32), model(square))
         assert finetune.segment(model, torch.rand(1, 3, 50, 23), window, FP32).shape == (1, 4, 50, 23)
-    expected = torch.cat([wide, wide.sum(1, keepdim=True)], 1)
-    torch.testing.assert_close(finetune.segment(model, wide, "sliding", FP32), expected)
+    for images in (torch.rand(1, 3, 16, 45), torch.rand(1, 3, 45, 16)):    # covered, not resized
+        expected = torch.cat([images, images.sum(1, keepdim=True)], 1)
+        torch.testing.assert_close(finetune.segment(model, images, "sliding", FP32), expected)
     assert finetune.window_starts(16, 16) == [0] and finetune.window_starts(17, 16) == [0, 1]
     starts = finetune.window_starts(45, 16)
     assert starts[0] == 0 and starts[-1] == 29 and max(b - a for a, b in zip(starts, starts[1:])) <= 11

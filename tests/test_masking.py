@@ -36,7 +36,7 @@ def test_as_printed_stops_after_crossing(grid):
 
 def test_as_printed_overshoots_by_less_than_a_block():
     counts = [blockwise_mask((14, 14), 78, rng(seed), exact=False).sum() for seed in range(500)]
-    assert min(counts) == 79 and max(counts) <= 78 + 18 and len(set(counts)) > 3    # 16 patches, and rounding of its sides
+    assert min(counts) == 79 and max(counts) <= 78 + 18 and len(set(counts)) > 3    # 16, and rounding
 
 
 @pytest.mark.parametrize("wanted, exact", [(0, True), (4, True), (-1, True), (3, False), (1.5, True)])
@@ -51,7 +51,8 @@ def test_a_grid_of_one_patch_has_no_mask():
             draw((1, 1), 1, rng())
 
 
-@pytest.mark.parametrize("options", [{"min_block": 0}, {"min_block": 197}, {"min_aspect": 0}, {"min_aspect": 1.1}])
+@pytest.mark.parametrize("options", [
+    {"min_block": 0}, {"min_block": 197}, {"min_aspect": 0}, {"min_aspect": 1.1}])
 def test_impossible_blocks(options):
     with pytest.raises(ValueError, match="min_block"):
         blockwise_mask((14, 14), 75, rng(), **options)
@@ -75,7 +76,8 @@ def test_smallest_block_scales_with_the_grid():
     for grid, block in (((14, 14), 16), ((8, 8), 5), ((28, 28), 64), ((2, 2), 1)):
         wanted = int(0.4 * grid[0] * grid[1])
         for seed in range(10):
-            assert (blockwise_mask(grid, wanted, rng(seed)) == blockwise_mask(grid, wanted, rng(seed), min_block=block)).all()
+            given = blockwise_mask(grid, wanted, rng(seed), min_block=block)
+            assert (blockwise_mask(grid, wanted, rng(seed)) == given).all()
 
 
 class Draws:
@@ -93,11 +95,12 @@ class Draws:
 
 @pytest.mark.parametrize("options", [{}, {"log_aspect": True}])
 def test_a_block_has_the_drawn_size_aspect_and_place(options):
-    for r, t, l, box in ((0, 0, 0, (0, 0, 4, 16)), (0, 0.999, 0.999, (16, 4, 20, 20)), (0.99999, 0.5, 0, (2, 0, 18, 4))):
+    for r, t, l, box in ((0, 0, 0, (0, 0, 4, 16)), (0, 0.999, 0.999, (16, 4, 20, 20)),
+                         (0.99999, 0.5, 0, (2, 0, 18, 4))):
         mask = blockwise_mask((20, 20), 64, Draws(0.3, r, t, l, 0), min_block=64, min_aspect=0.25, **options)
         rows, cols = np.nonzero(mask)
         assert (rows.min(), cols.min(), rows.max() + 1, cols.max() + 1) == box and mask.sum() == 64
-    a, b = (12, 5) if not options else (8, 8)                          # the middle of 0.25 .. 4: 2.125, or 1 in logarithms
+    a, b = (12, 5) if not options else (8, 8)    # the middle of 0.25 .. 4: 2.125, or 1 in logarithms
     mask = blockwise_mask((20, 20), a * b, Draws(0, 0.5, 0, 0, 0), min_block=64, min_aspect=0.25, **options)
     assert mask[:a, :b].all()
 
@@ -105,8 +108,8 @@ def test_a_block_has_the_drawn_size_aspect_and_place(options):
 def test_blocks_are_drawn_between_the_smallest_and_what_is_missing():
     for s, side in ((0, 4), (0.999, 8)):                               # 16 .. 64 patches, squares
         mask = blockwise_mask((20, 20), 64, Draws(s, 0, 0, 0, 0), min_block=16, min_aspect=1)
-        assert mask[:side, :side].all() and mask.sum() == 64           # the block, drawn again and again in one place,
-        assert mask[-4:].sum() == 64 - side ** 2                       # and the rest patch by patch
+        assert mask[:side, :side].all() and mask.sum() == 64    # the block, again and again in one place,
+        assert mask[-4:].sum() == 64 - side ** 2    # and the rest patch by patch
 
 
 def test_log_aspect_makes_tall_and_wide_equally_likely():

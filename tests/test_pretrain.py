@@ -56,7 +56,7 @@ def small_model(outputs):
 
 
 def test_baselines_by_hand(tokenizer, monkeypatch):
-    """A model that answers with the token frequencies has their entropy as loss, and the majority's accuracy."""
+    """A model that answers with the token frequencies has their entropy as loss, the majority's accuracy."""
     monkeypatch.setattr(dvae.DiscreteVAE, "tokenize",
                         lambda self, images: torch.tensor([[3, 3], [7, 9]]).repeat(len(images), 2, 2))
     model = small_model(64)
@@ -114,7 +114,7 @@ class Stop(Exception):
 
 
 def first_step(tokenizer, out, *flags):
-    """mask (B, h, w) and targets at the predicted places in the first step under these flags, on an 8x8 grid."""
+    """mask (B, h, w) and targets at the predicted places, first step under these flags, on an 8x8 grid."""
     seen, forward = {}, vit.MaskedImageModel.forward
 
     def see_inputs(model, images, mask, places):
@@ -127,7 +127,8 @@ def first_step(tokenizer, out, *flags):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(vit.MaskedImageModel, "forward", see_inputs)
         patch.setattr(pretrain, "loss_and_accuracy", see_targets)
-        train(tokenizer, out, "--image-size", "64", "--batch-size", "64", "--crop-scale", "1", "--fresh", *flags)
+        train(tokenizer, out, "--image-size", "64", "--batch-size", "64", "--crop-scale", "1", "--fresh",
+              *flags)
     mask = seen["mask"]
     predicted = torch.ones_like(mask) if "all" in flags else mask
     assert mask.shape == (64, 8, 8) and torch.equal(seen["places"], predicted.flatten().nonzero()[:, 0])
@@ -253,9 +254,11 @@ def test_two_processes_do_the_whole_job(tmp_path):
     finished(start(tmp_path / "two", "--steps", "4", processes=2))
     train(None, tmp_path / "one", "--steps", "4")
     one, two = (log(tmp_path / name / "tokenizer") for name in ("one", "two"))
-    assert [line["step"] for line in two] == [1, 2, 3, 4] and two[0]["kl"] == pytest.approx(one[0]["kl"], rel=1e-4)
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    assert two[0]["kl"] == pytest.approx(one[0]["kl"], rel=1e-4)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
-    assert results[0].keys() == results[1].keys() and results[1]["val_loss"] == pytest.approx(math.log(1024), abs=1)
+    assert results[0].keys() == results[1].keys()
+    assert results[1]["val_loss"] == pytest.approx(math.log(1024), abs=1)
     assert (tmp_path / "two/predictions.png").exists() and (tmp_path / "two/model.pt").exists()
 
 

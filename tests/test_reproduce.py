@@ -112,14 +112,14 @@ def test_runs_are_done_once_in_order_and_a_failed_one_is_named(tmp_path, monkeyp
     def job(name, *needs, code="0"):
         return reproduce.Job("pretrain.py", (code,), tmp_path / name, needs, 1.0)
 
-    first, other = job("first"), job("other")
+    first, other = job("first", code="import time; time.sleep(0.5)"), job("other")
     plan = [job("last", first, other), job("broken", first, code="1/0")]
     monkeypatch.setattr(reproduce.Job, "command", lambda self: [
         sys.executable, "-c", NOTE.format(code=self.flags[0]), str(self.out)])
-    reproduce.run(lambda: plan[:1], 2)
-    reproduce.run(lambda: plan[:1], 2)
+    reproduce.run(lambda: plan[:1], 3)
+    reproduce.run(lambda: plan[:1], 3)
     order = (tmp_path / "order").read_text().split()
-    assert sorted(order[:2]) == ["first", "other"] and order[2:] == ["last"]
+    assert order == ["other", "first", "last"]
     assert plan[0].seconds > 0
     with pytest.raises(ChildProcessError, match="status 1 .ZeroDivisionError.*broken/log.txt"):
         reproduce.run(lambda: plan, 2)

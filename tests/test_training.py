@@ -29,7 +29,7 @@ def test_learning_rate_schedule():
     rate = [training.warmup_cosine(step, 110, 1.0, 0.1, 10) for step in range(111)]
     assert [rate[step] for step in (0, 4, 9, 10, 60, 110)] == pytest.approx([0.1, 0.5, 1, 1, 0.55, 0.1])
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
-    assert max(training.warmup_cosine(step, 4, 1.0, 2.0, 0.4) for step in range(4)) == 1    # no overshoot, no rise
+    assert max(training.warmup_cosine(step, 4, 1.0, 2.0, 0.4) for step in range(4)) == 1
 
 
 def test_cosine_stays_at_its_end():
@@ -38,7 +38,7 @@ def test_cosine_stays_at_its_end():
 
 
 def small(position="absolute"):
-    return vit.ViTConfig(image_size=16, patch_size=8, dim=8, depth=2, heads=2, position=position, layer_scale=0.1)
+    return vit.ViTConfig(16, 8, dim=8, depth=2, heads=2, position=position, layer_scale=0.1)
 
 
 @pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
@@ -53,16 +53,18 @@ def test_what_is_decayed(position):
 
 
 def test_layer_decay():
-    """0.5 ** (depth + 1 - l): l = 0 of embeddings and what all blocks share, 1 and 2 of the blocks, 3 of the head."""
+    """0.5 ** (depth + 1 - l): l = 0 for embeddings and what is shared, 1 and 2 for blocks, 3 for the head."""
     model = vit.ImageClassifier(small("shared_relative"), 3)
-    names, groups = {id(p): name for name, p in model.named_parameters()}, training.parameter_groups(model, 0.05, 0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = training.parameter_groups(model, 0.05, 0.5)
     scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert scales.keys() == set(names.values())
     by_start = {"blocks.0": 0.25, "blocks.1": 0.5, "fc_norm.": 1, "head.wei": 1, "head.bia": 1}
     assert scales == {name: by_start.get(name[:8], 0.125) for name in scales}
     optimizer = torch.optim.AdamW(groups)
     training.set_lr(optimizer, 0.1)
-    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.0125, 0.025, 0.05, 0.1])
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([0.0125, 0.025, 0.05, 0.1])
 
 
 @pytest.mark.parametrize("clip, expected", [(1.0, 1.0), (0.0, 5.0)])
@@ -129,7 +131,7 @@ def test_every_flag_is_explained_and_read(module, capsys):
     text = capsys.readouterr().out
     files = ("data.py", f"{module.__name__}.py", "training.py", "vit.py")
     sources = "".join((ROOT / name).read_text() for name in files)
-    sources = re.sub(r"    def __post_init__.*?(?=\n\n)", "", sources, flags=re.S)    # refusing is not reading
+    sources = re.sub(r"    def __post_init__.*?(?=\n\n)", "", sources, flags=re.S)
     for field in dataclasses.fields(module.Config):
         if field.name != "in_channels":
             assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", text), field.name
@@ -153,13 +155,14 @@ def test_which_device(monkeypatch):
 
 
 @pytest.mark.parametrize("error, status", [
-    (UserError("--out: no"), 2), (OSError("--out: no"), 1), (FloatingPointError("Traceback ...\n--out: no\n"), 1)])
+    (UserError("--out: no"), 2), (OSError("--out: no"), 1),
+    (FloatingPointError("Traceback ...\n--out: no\n"), 1)])
 def test_errors_are_one_line_and_a_status(error, status, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/pretrain.py"])
     with pytest.raises(SystemExit) as end, training.one_line_errors():
         raise error
     assert end.value.code == status and capsys.readouterr().err == "pretrain.py: error: --out: no\n"
-    monkeypatch.setenv("LOCAL_RANK", "1")    # all processes find the same fault in the input, only one its disk full
+    monkeypatch.setenv("LOCAL_RANK", "1")    # all find the same fault in the input, only one its disk full
     with pytest.raises(SystemExit), training.one_line_errors():
         raise error
     assert capsys.readouterr().err == ("" if status == 2 else "pretrain.py: error: --out: no\n")
@@ -186,7 +189,7 @@ def test_out_continues_refuses_and_sets_aside(tmp_path, monkeypatch):
     fresh = parse("--out", folder, "--seed", 4, "--fresh")
     assert not training.Run(fresh, CPU, 10).finished
     assert (tmp_path / "run.old-1/result.json").exists() and not (folder / "result.json").exists()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")    # torchrun --max-restarts: this run was just begun
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")    # by torchrun --max-restarts
     training.Run(fresh, CPU, 10)
     assert not (tmp_path / "run.old-2").exists()
 
@@ -215,7 +218,7 @@ def test_out_that_other_machines_do_not_see(tmp_path, monkeypatch, rank):
 
 
 def refused_in_a_child(folder, close_files=False):
-    """Whether a forked child is refused the folder. close_files: let it close all that it inherited, instead."""
+    """Whether a forked child is refused the folder. close_files: let it close all that it inherited."""
     child = os.fork()
     if child == 0:
         if close_files:
@@ -432,7 +435,7 @@ def tables_of(path):
 
 
 def noticed_flips(path, places, count, rng):
-    """How many of count flipped bits training.damage notices; the others must change nothing that is loaded."""
+    """How many of count flipped bits training.damage notices; the others must change nothing loaded."""
     whole, expected, noticed = path.read_bytes(), torch.load(path), 0
     for _ in range(count):
         at, bit = rng.choice(places), rng.randrange(8)
@@ -456,7 +459,7 @@ def test_a_flip_of_any_bit_is_noticed_or_harmless(tmp_path):
 
 
 def test_a_wrong_table_of_contents_is_noticed(tmp_path):
-    """torch.load reads nothing of an entry that is marked as a folder, and does not find one with another's name."""
+    """torch.load reads nothing of an entry marked as a folder, and does not find one of another name."""
     saved_twice(tmp_path)
     path = tmp_path / "last.pt"
     whole = path.read_bytes()
