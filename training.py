@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class RunConfig:
             for least, most in getattr(hint, "__metadata__", ())[1:]:
                 for number in value if isinstance(value, tuple) else [value]:
                     if number is not None and not (least <= number <= most and number < inf):
-                        raise ValueError(f"{name}: a number from {least:g} to {most:g}, not {number}")
+                        raise ValueError(f"{name}: a number from {least} to {most}, not {number}")
         parts = world_size() * self.accumulate
         if self.batch_size % parts:
             raise ValueError(f"batch_size: {self.batch_size} does not divide into {world_size()} processes x "
@@ -228,6 +229,7 @@ def distribute(model, device):
     """DistributedDataParallel, which averages gradients over processes, if there are several."""
     if world_size() == 1:
         return model
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)    # torch 2.6 has no other name
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -370,11 +372,8 @@ class Run:
             self._lock()
             aside = (Path(f"{self.folder}.old-{n}") for n in itertools.count(1))
             self.folder.rename(next(path for path in aside if not path.exists()))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {self.folder} ({error.strerror})") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if not file.exists():
             write_json(file, config)
         try:

@@ -71,9 +71,9 @@ WRONG = {
         --tokenizer F/cut.pt | --tokenizer: F/cut.pt is cut off
         --tokenizer F/pretrained.pt | --tokenizer: F/pretrained.pt holds a MaskedImageModel
         --tokenizer F/misfit.pt | --tokenizer: F/misfit.pt holds a tokenizer whose weights and sizes do not
-        --out F/text | --out: cannot write to F/text
-        --out F/text/below | --out: cannot write to F/text/below
-        --out /proc/run | --out: cannot write to /proc/run""",
+        --out F/text | --out: ...F/text
+        --out F/text/below | --out: ...F/text/below
+        --out /proc/run | --out: .../proc/run""",
     "dvae": """
         --preset demo-8193 | argument --preset: invalid choice: 'demo-8193' ...demo-8192
         --patch-size 8 | unrecognized arguments: --patch-size 8
@@ -81,7 +81,7 @@ WRONG = {
         --image-size 30 | --image-size: a multiple of 4 for 3 groups, not 30
         --groups 40 | --image-size: a multiple of
         --data F/images --preset demo | --batch-size: 16 is more than the 2 training images
-        --out F/text | --out: cannot write to F/text
+        --out F/text | --out: ...F/text
         --device cuda | --device: ...cpu works without""",
     "finetune": """
         | --init: runs/pretrain-shapes/model.pt is not there; `python pretrain.py` makes it, or --init FILE
@@ -98,7 +98,7 @@ WRONG = {
         --init F/pretrained.pt --heads 3 | --heads: a divisor of dim 16, not 3
         --init F/pretrained.pt --task probe --epochs 3 | --epochs: ...--steps
         --init F/pretrained.pt --eval --task knn | --eval: only with --task classification or segmentation
-        --init F/pretrained.pt --out F/text | --out: cannot write to F/text
+        --init F/pretrained.pt --out F/text | --out: ...F/text
         --init none --task probe | --init: none leaves nothing to look at
         --init none --eval | --init: none leaves nothing to evaluate
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
