@@ -332,7 +332,8 @@ def train(config, device):
     if training.rank() == 0:
         images = data.to_float(*data.some_samples(val_views, 12, device))
         soft, hard = average(images, config.temperature).images, average.decode(average.tokenize(images))
-        save_image(torch.cat([images, soft, hard]), run.folder / "tokenizer.png", nrow=len(images))
+        rows = F.interpolate(torch.cat([images, soft, hard]), scale_factor=math.ceil(96 / config.image_size))
+        save_image(rows, run.folder / "tokenizer.png", nrow=len(images))
     return run.folder / "model.pt"
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,26 @@ def start(folder, script, *flags, torchrun=(), env={}, hurt=None):
     process = PROCESSES.Process(target=run_command, args=(str(program), flags, torchrun, env, said))
     process.start()
     process.said = said
+    started.append(process)
     return process
+
+
+started = []
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process():
+    """After a test that failed, runs may still go on."""
+    yield
+    for process in started:
+        kill_all(process)
+    started.clear()
+
+
+def kill_all(process):
+    for pid in alive(process):
+        with suppress(ProcessLookupError):    # it ended
+            os.kill(pid, signal.SIGKILL)
 
 
 def alive(process):
@@ -109,10 +129,7 @@ def end(process, seconds=240):
     deadline = time.monotonic() + seconds
     while process.is_alive() or alive(process):
         if time.monotonic() > deadline:
-            left = alive(process)
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"{len(left)} processes are left: {process.said.read_text()}")
+            raise AssertionError(f"{len(alive(process))} processes are left: {process.said.read_text()}")
         time.sleep(0.02)
     return process.exitcode, process.said.read_text()
 
@@ -282,7 +299,8 @@ def test_kill_9_of_the_other_scripts(place, record_fault):
 # ---- Signals and torchrun ----
 
 @pytest.mark.parametrize("number, torchrun, expected", [
-    (signal.SIGTERM, (), -signal.SIGTERM), (signal.SIGINT, (), -signal.SIGINT), (signal.SIGTERM, TWO, 1)])
+    (signal.SIGTERM, (), -signal.SIGTERM), (signal.SIGINT, (), -signal.SIGINT), (signal.SIGTERM, TWO, 1)],
+    ids=["SIGTERM", "SIGINT", "torchrun"])
 def test_a_signal_ends_the_run_after_the_step(place, number, torchrun, expected, record_fault):
     """Of a process with a loader process, or of a torchrun group, to which torchrun passes it on."""
     out = place / f"{number.name}-{len(torchrun)}"
@@ -342,8 +360,7 @@ def test_two_torchruns_and_one_is_lost(place, record_fault):
     time.sleep(1)    # it holds the rendezvous
     second = agent()
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(log(out)) >= 4, first)
-    for pid in alive(second):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(second)
     end(second)
     second = agent()
     for process in (first, second):
@@ -389,7 +406,8 @@ def full(when, then):
 @pytest.mark.parametrize("what, hurt", [
     ("last.pt", None),
     ("metrics.jsonl", "training.Run.log = full(lambda step: step == 50, training.Run.log)"),
-    ("model.pt", "training.Run.finish = full(lambda *_: True, training.Run.finish)")])
+    ("model.pt", "training.Run.finish = full(lambda *_: True, training.Run.finish)")],
+    ids=["last.pt", "metrics.jsonl", "model.pt"])
 def test_a_full_disk(place, small_disk, what, hurt, record_fault):
     """Where last.pt does not fit, there is room for two and a half of it."""
     size = (place / "whole1" / "last.pt").stat().st_size

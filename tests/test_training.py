@@ -460,14 +460,14 @@ def test_a_flip_of_any_bit_is_noticed_or_harmless(tmp_path):
 
 def test_a_wrong_table_of_contents_is_noticed(tmp_path):
     """torch.load reads nothing of an entry marked as a folder, and does not find one of another name."""
-    saved_twice(tmp_path)
     path = tmp_path / "last.pt"
+    torch.save({"step": 1, "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict()}, path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         at, entries = archive.start_dir, archive.infolist()
     for entry in entries:
         end = at + 46 + len(entry.filename)
-        for place, bit in ((at + 38, 4), (end - 1, 0)):    # the mark; 0 <-> 1, as in data/0 and data/1
+        for place, bit in ((at + 38, 4), (end - 1, 0), (end - 1, 1)):    # the mark; 2 -> 3 and 1 -> 3 in data/2
             path.write_bytes(flip(whole, place, bit))
             assert training.damage(path), (entry.filename, place, bit)
         at = end + len(entry.extra)
