@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 from torchvision import datasets, tv_tensors
-from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
 from training import UserError, rank, world_size
@@ -362,11 +362,11 @@ def centre_box(width, height):
     return left, top, left + side, top + side
 
 
-def resize(image, size, interpolation):
-    """A PIL image at size x size, antialiased: an Image (uint8), for v2 augments only one plain tensor."""
+def resize(crop, pixels, size, interpolation):
+    """A PIL image, and the same as uint8 (3, h, w), at size x size, antialiased: uint8 (3, size, size)."""
     if interpolation == InterpolationMode.LANCZOS and not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
-        return tv_tensors.Image(image.resize((size, size), Image.Resampling.LANCZOS))    # older PyTorch
-    return F.resize(tv_tensors.Image(image), [size, size], interpolation)
+        return F.pil_to_tensor(crop.resize((size, size), Image.Resampling.LANCZOS))    # older PyTorch, slower
+    return F.resize(pixels, [size, size], interpolation)
 
 
 class Views(Dataset):
@@ -386,8 +386,7 @@ class Views(Dataset):
         self.seed, self.train, self.crop_scale = seed, train, crop_scale
         sizes = ((image_size, InterpolationMode.BICUBIC), (token_size, InterpolationMode.LANCZOS))
         self.sizes = [(size, interpolation) for size, interpolation in sizes if size]
-        jitters = [v2.ColorJitter(jitter, jitter, jitter)] if jitter else []
-        self.augment = v2.Compose([v2.RandomHorizontalFlip(), *jitters])
+        self.jitter = (max(0, 1 - jitter), 1 + jitter)
 
     def __len__(self):
         return len(self.source)
@@ -401,11 +400,25 @@ class Views(Dataset):
                 top, left, h, w = RandomResizedCrop.get_params(image, [self.crop_scale, 1], [3 / 4, 4 / 3])
                 box = (left, top, left + w, top + h)
             crop = image.crop(box)
-            views = [resize(crop, size, interpolation) for size, interpolation in self.sizes]
+            pixels = F.pil_to_tensor(crop)
+            views = [resize(crop, pixels, size, interpolation) for size, interpolation in self.sizes]
             if self.train:
                 views = self.augment(views)
             mask = [torch.from_numpy(self.draw_mask(rng))] if self.draw_mask else []
         return *views, *mask
+
+    def augment(self, views):
+        """One random flip, and one jitter of brightness, contrast and saturation, for all views."""
+        if torch.rand(()) < 0.5:
+            views = [view.flip(-1) for view in views]
+        if self.jitter == (1, 1):
+            return views
+        order, *factors, _ = ColorJitter.get_params(self.jitter, self.jitter, self.jitter, hue=None)
+        views = [to_float(view) for view in views]                     # twice as fast as on uint8
+        for k in order[order < 3].tolist():
+            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[k]
+            views = [adjust(view, factors[k]) for view in views]
+        return [(255 * view).round().to(torch.uint8) for view in views]
 
 
 GREY = (124, 116, 104)    # ImageNet's mean colour, where there is no image
