@@ -298,20 +298,20 @@ def test_kill_9_of_the_other_scripts(place, record_fault):
 
 # ---- Signals and torchrun ----
 
-@pytest.mark.parametrize("number, torchrun, expected", [
-    (signal.SIGTERM, (), -signal.SIGTERM), (signal.SIGINT, (), -signal.SIGINT), (signal.SIGTERM, TWO, 1)],
-    ids=["SIGTERM", "SIGINT", "torchrun"])
-def test_a_signal_ends_the_run_after_the_step(place, number, torchrun, expected, record_fault):
-    """Of a process with a loader process, or of a torchrun group, to which torchrun passes it on."""
-    out = place / f"{number.name}-{len(torchrun)}"
+@pytest.mark.parametrize("number, torchrun", [(signal.SIGINT, ()), (signal.SIGTERM, TWO)],
+                         ids=["Ctrl-C", "torchrun"])
+def test_a_signal_ends_the_run_after_the_step(place, number, torchrun, record_fault):
+    """Ctrl-C reaches the whole group, but must not end the loader process; torchrun passes its signal on."""
+    out = place / number.name
     process = start(place, "pretrain", *flags(place), "--steps", 100_000, "--save-every", 100_000,
-                    "--workers", 1, "--out", out, torchrun=torchrun)
+                    "--workers", 0 if torchrun else 1, "--out", out, torchrun=torchrun)
     wait_for_steps(process, out, 4)
-    os.kill(process.pid, number)
-    status, said = end(process, 120)
-    assert status == expected and f"{number.name}: stopped after step" in said, said
+    send = os.kill if torchrun else os.killpg
+    send(process.pid, number)
+    status, said = end(process, 60)
+    assert status == (1 if torchrun else -number) and f"{number.name}: stopped after step" in said, said
     assert torch.load(out / "last.pt")["step"] == log(out)[-1]["step"] >= 4
-    record_fault(f"{number.name} to {'torchrun' if torchrun else 'one process'}", 1)
+    record_fault(f"{number.name} to {'torchrun' if torchrun else 'the group of a process'}", 1)
 
 
 def test_a_signal_to_one_rank_stops_all(place, record_fault):
@@ -493,8 +493,8 @@ def test_nan_in_a_batch_of_one_rank_stops_all(place, record_fault):
     process = start(place, "pretrain", *flags(place), "--out", out, torchrun=TWO, hurt=NOT_FINITE)
     status, said = end(process, 60)
     assert status == 1 and 'pretrain.py", line' not in said, said
-    assert len(errors(said)) == 2, said
-    assert all("error: step 8: the loss is nan; " in line for line in errors(said)), said
+    lines = set(errors(said))    # torchrun may end a process before it has said the same
+    assert len(lines) == 1 and "error: step 8: the loss is nan; " in lines.pop(), said
     checkpoint = torch.load(out / "last.pt")
     assert checkpoint["step"] == 6 and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
     assert len(log(out)) == 7

@@ -467,7 +467,7 @@ def test_a_wrong_table_of_contents_is_noticed(tmp_path):
         at, entries = archive.start_dir, archive.infolist()
     for entry in entries:
         end = at + 46 + len(entry.filename)
-        for place, bit in ((at + 38, 4), (end - 1, 0), (end - 1, 1)):    # the mark; 2 -> 3 and 1 -> 3 in data/2
+        for place, bit in ((at + 38, 4), (end - 1, 0), (end - 1, 1)):    # the mark; the last digit
             path.write_bytes(flip(whole, place, bit))
             assert training.damage(path), (entry.filename, place, bit)
         at = end + len(entry.extra)
