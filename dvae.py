@@ -306,7 +306,6 @@ def train(config, device):
         temperature = training.cosine(step, config.temperature_ramp * total, 1.0, config.temperature)
         beta = training.cosine(step, config.kl_ramp * total, 0.0, config.kl_weight)
         training.set_lr(optimizer, lr)
-        model.train()
         sums = torch.zeros(4, device=device)
         for part in range(config.accumulate):
             images = data.to_float(next(batches)[0].to(device, non_blocking=True))

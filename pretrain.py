@@ -199,9 +199,8 @@ def train(config, device):
     source, held_out = data.open_splits(config.data, config.data_root)
     total, per_epoch = training.steps_and_epoch(config, len(source))
     tokenizer = weights.load_tokenizer(config.tokenizer) if config.tokenizer else None
-    its_config = None
-    if config.target == "tokens" and not tokenizer:
-        its_config = tokenizer_config(config, len(source), total)
+    needs_tokenizer = config.target == "tokens" and not tokenizer
+    its_config = tokenizer_config(config, len(source), total) if needs_tokenizer else None
     run = training.Run(config, device, total)
     if run.finished:
         training.say(f"{run.folder} is finished; --fresh starts over")
