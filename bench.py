@@ -241,7 +241,7 @@ def add_models(bench, config, side):
             with precision.autocast():
                 outputs = network(images, on_device, places)
             loss, _ = pretrain.loss_and_accuracy(outputs, zeros)
-            backward(precision, loss)
+            precision.backward(loss)
             model.zero_grad(set_to_none=True)
 
         def pretraining(network=networks[0], optimizer=optimizers[0], tokenizer=tokenizer,
@@ -251,13 +251,13 @@ def add_models(bench, config, side):
                 targets = tokenizer.tokenize(token_pixels).flatten()[places]
                 outputs = network(pixels, hidden, places)
             loss, _ = pretrain.loss_and_accuracy(outputs, targets)
-            backward(precision, loss)
+            precision.backward(loss)
             precision.update(optimizer, 3.0)
 
         def finetuning(network=networks[1], optimizer=optimizers[1]):
             with precision.autocast():
                 logits = network(images)
-            backward(precision, finetune.loss_of(logits, labels, 0.1))
+            precision.backward(finetune.loss_of(logits, labels, 0.1))
             precision.update(optimizer, 0.0)
         for name, function in (("backbone forward", forward),
                                ("backbone forward and backward", forward_backward),
@@ -273,10 +273,6 @@ def add_models(bench, config, side):
                                                 training.Precision("fp32", device))
     return {name: (flops, counted(name, config, TOKENIZERS[args.model], side, num_masked))
             for name, flops in per_image.items() if name in ("tokenizer", "backbone forward and backward")}
-
-
-def backward(precision, loss):
-    precision.scaler.scale(loss).backward()
 
 
 def size_of(model):
@@ -339,7 +335,7 @@ def scaling(bench, config):
                 with precision.autocast():
                     outputs = network(images, mask)
                 loss, _ = pretrain.loss_and_accuracy(outputs, zeros)
-                backward(precision, loss)
+                precision.backward(loss)
             precision.update(optimizer, 3.0)
         return step
     model = vit.MaskedImageModel(config, VOCAB).to(device)

@@ -148,6 +148,7 @@ def open_image(path):
 
 @functools.cache
 def warn_once(text):
+    """Warn of a BadFile, in each process once."""
     sys.stderr.write(f"warning: {text}; the next one is taken\n")    # in one piece, from several processes
 
 
@@ -267,6 +268,7 @@ def open_named(data, root, maps=False):
 
 
 def held_out_folder(folder):
+    """val/ or validation/ in a folder, or None."""
     return next((folder / name for name in ("val", "validation") if (folder / name).is_dir()), None)
 
 
@@ -519,6 +521,7 @@ def val_loader(dataset, config, device, collate=default_collate, images=None, ba
 
 
 def make_loader(dataset, batches, config, device, collate):
+    """DataLoader of these batches (lists of keys) with --workers processes, pinned for a GPU."""
     on_gpu = device.type == "cuda"
     workers = (8 if on_gpu else 0) if config.workers is None else config.workers
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,

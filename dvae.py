@@ -286,7 +286,7 @@ def train(config, device):
         training.say(f"{run.folder} is finished")
         return run.folder / "model.pt"
     model, optimizer = build_model(config, device)
-    average = copy.deepcopy(model)
+    average = copy.deepcopy(model).requires_grad_(False)
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, average=average, optimizer=optimizer, scaler=precision.scaler)
     run.restore(**parts)
@@ -313,7 +313,7 @@ def train(config, device):
                 with precision.autocast():
                     nll, kl, reconstruction = network(images, temperature)
                 loss = nll + beta / channels_a_token * kl              # beta = 1: -ELBO (Eq. 2)
-                precision.scaler.scale(loss / config.accumulate).backward()
+                precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, nll, kl, (reconstruction - images).square().mean()]).detach()
         loss, nll, kl, mse = run.exchange(step + 1, sums / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)

@@ -374,7 +374,7 @@ def train(config, device):
                 with precision.autocast():
                     logits = network(images)    # (B, C), or (B, C, H, W)
                 loss = loss_of(logits, targets, config.label_smoothing)
-                precision.scaler.scale(loss / config.accumulate).backward()
+                precision.backward(loss / config.accumulate)
             loss_sum += loss.detach()
         loss, = run.exchange(step + 1, loss_sum / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)

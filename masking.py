@@ -75,6 +75,7 @@ def random_mask(grid, num_masked, rng):
 
 
 def check_request(grid, num_masked, most):
+    """(h, w) of the grid. Raises ValueError unless num_masked is a whole number from 1 to most."""
     h, w = grid
     if num_masked != int(num_masked) or not 1 <= num_masked <= most:
         raise ValueError(f"num_masked must be a whole number, 1 to {most} of {h}x{w}, not {num_masked}")

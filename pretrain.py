@@ -100,6 +100,7 @@ def draw_mask_of(config):
 
 
 def no_mask(grid, num_masked, rng):
+    """Nothing masked (ablation of Table 4): False everywhere, (h, w)."""
     return np.zeros(grid, dtype=bool)
 
 
@@ -120,7 +121,7 @@ def unpack(batch, device):
 
 
 def open_batches(config, device, run, source, held_out, tokenizer):
-    """(iterator over training batches, function that gives held-out batches, a held-out batch to look at)."""
+    """(iterator over training batches, functions that give held-out batches, and one to look at)."""
     token_size = config.grid[0] * tokenizer.downsample if tokenizer else None      # one token for each patch
     make_views = partial(data.Views, image_size=config.image_size, token_size=token_size, seed=config.seed,
                          draw_mask=draw_mask_of(config), crop_scale=config.crop_scale, jitter=config.jitter)
@@ -128,7 +129,7 @@ def open_batches(config, device, run, source, held_out, tokenizer):
     gather = partial(collate, predict=config.predict)
     return (iter(data.train_loader(views, config, device, run.start, run.steps, gather)),
             partial(data.val_loader, val_views, config, device, gather, images=512),
-            data.some_samples(val_views, 12, device, gather))
+            partial(data.some_samples, val_views, 12, device, gather))
 
 
 def tokenizer_config(config, images, steps):
@@ -213,7 +214,7 @@ def train(config, device):
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)
-    batches, held_out_batches, shown = open_batches(config, device, run, source, held_out, tokenizer)
+    batches, held_out_batches, look = open_batches(config, device, run, source, held_out, tokenizer)
     training.say(f"{config.num_masked} of {math.prod(config.grid)} patches masked; {total} steps of "
                  f"{config.batch_size} images, {total / per_epoch:.3g} epochs, peak lr {config.lr:g}; "
                  f"{training.world_size()} x {device}, {precision.dtype}")
@@ -231,7 +232,7 @@ def train(config, device):
                     targets = tokenizer.tokenize(token_images) if tokenizer else model.patch_pixels(images)
                     logits = network(images, mask, places)             # of p(z' | x^M), (M, V)
                 loss, accuracy = loss_and_accuracy(logits, targets.flatten(0, 2)[places])      # Eq. 1
-                precision.scaler.scale(loss / config.accumulate).backward()
+                precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, accuracy]).detach()
         loss, accuracy = run.exchange(step + 1, sums / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)
@@ -248,7 +249,7 @@ def train(config, device):
     kept = {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}
     run.finish(model, kept, **report, **baselines)
     if training.rank() == 0:
-        images, token_images, mask, _ = unpack(shown, device)
+        images, token_images, mask, _ = unpack(look(), device)
         columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
         visualize.figure_predictions(columns, mask, right).savefig(run.folder / "predictions.png")
 

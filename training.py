@@ -301,6 +301,9 @@ class Precision:
     def autocast(self):
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
     def update(self, optimizer, clip_grad):
         """Clip the gradient to norm clip_grad (0: do not), step, clear. Returns the norm before clipping."""
         self.scaler.unscale_(optimizer)
@@ -400,7 +403,8 @@ class Run:
         if on_first_process(self._find_checkpoint):
             state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                if state[name]:                                        # a scaler that was off has no state
+                    part.load_state_dict(state[name])
             self.start, size = state["step"], state["log_size"]
             say(f"continuing {self.folder} after step {self.start} of {self.steps}")
         if rank() == 0 and log.exists():
@@ -408,17 +412,21 @@ class Run:
 
     def _find_checkpoint(self):
         """Whether there is a checkpoint. A damaged last.pt is renamed, and previous.pt takes its place."""
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        wrong = {path: damage(path) for path in (last, previous) if path.exists()}
-        if wrong and all(wrong.values()):
-            raise UserError(f"--out: {' and '.join(f'{path} is damaged ({wrong[path]})' for path in wrong)}; "
-                            "put back a copy, or start over with --fresh")
-        if wrong.get(last):
-            say(f"warning: {last} is damaged ({wrong[last]}) and set aside; {previous} is used")
-            os.replace(last, f"{last}.damaged")
-        if wrong and not last.exists():
-            os.replace(previous, last)
-        return bool(wrong)
+        last, damaged = self.folder / "last.pt", []
+        for path in (last, self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            wrong = damage(path)
+            if not wrong:
+                if damaged:
+                    say(f"warning: {damaged[0]} and set aside; {path} is used")
+                    os.replace(last, f"{last}.damaged")
+                os.replace(path, last)
+                return True
+            damaged.append(f"{path} is damaged ({wrong})")
+        if damaged:
+            raise UserError(f"--out: {' and '.join(damaged)}; put back a copy, or start over with --fresh")
+        return False
 
     def progress(self, label):
         """range over the steps to do, during which SIGTERM and SIGINT wait for the end of the step."""
@@ -463,8 +471,11 @@ class Run:
         values = {name: float(value) for name, value in values.items()}
         values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.folder / 'metrics.jsonl'} could not be written ({error})") from None
         if step % max(1, self.steps // 10) < self.config.log_every or evaluated:    # about ten times a run
             say(f"step {step}/{self.steps}  {in_words(values)}")
 

@@ -372,6 +372,8 @@ class SemanticSegmenter(VisionTransformer):
         h = super().forward(images)[:, 1:]                         # (B, N, D), without [S]
         h = h.transpose(1, 2).unflatten(2, self.config.grid)       # (B, D, h, w)
         logits = self.head(self.decoder(h))                        # (B, classes, h 2^k, w 2^k)
+        if logits.shape[-2:] == images.shape[-2:]:
+            return logits
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")
 
 

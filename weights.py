@@ -44,6 +44,7 @@ class Function:
 
 
 def only_call(function):
+    """The function as a Function."""
     return type("Only", (Function,), {"__slots__": (), "__call__": staticmethod(function)})()
 
 

@@ -86,6 +86,8 @@ def gpu(monkeypatch):
     if torch.cuda.is_available():
         yield GPU
         return
+    with torch.device("cpu"):
+        torch.empty(0)    # now PyTorch caches its constructors: torch.tensor itself, not the one below
     tensor = torch.tensor    # moves its numbers out of sight of a TorchDispatchMode
     monkeypatch.setattr(torch, "tensor", lambda value, device=None, **more: tensor(value, **more).to(device))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)    # looks for a driver

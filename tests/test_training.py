@@ -394,6 +394,24 @@ HURT = {"truncated": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "zeroed"
         "missing": None}
 
 
+def test_only_as_many_checkpoints_are_read_as_needed(tmp_path, monkeypatch):
+    saved_twice(tmp_path)
+    read, damage = [], training.damage
+    monkeypatch.setattr(training, "damage", lambda path: read.append(path.name) or damage(path))
+    open_run(tmp_path).restore(model=nn.Linear(16, 16))
+    assert read == ["last.pt"]
+
+
+def test_a_run_goes_on_in_fp16_where_it_began_without(tmp_path):
+    """As where it moves from a CPU to a GPU: the gradient scaler was off, and saved nothing."""
+    off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    model = nn.Linear(2, 2)
+    open_run(tmp_path).save(3, model=model, scaler=off)
+    run = open_run(tmp_path)
+    run.restore(model=model, scaler=on)
+    assert run.start == 3 and on.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
 @pytest.mark.parametrize("how", HURT)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how, capsys):
     saved_twice(tmp_path)
