@@ -115,8 +115,8 @@ class DiscreteVAE(nn.Module):
         logits = self.encode(images).float().permute(0, 2, 3, 1)       # (B, h, w, V), of q(z | x)
         gumbel = -(-torch.rand_like(logits).log()).log() if self.training else 0
         z = ((logits + gumbel) / temperature).softmax(dim=-1)          # relaxed one-hot codes
-        table = self.decoder.blocks.input                              # 1x1 convolution; weight = codebook
-        codes = F.linear(z, table.w.flatten(1), table.b)               # (B, h, w, 128)
+        codebook = self.decoder.blocks.input                        # 1x1 convolution; its weight: V codes
+        codes = F.linear(z, codebook.w.flatten(1), codebook.b)            # (B, h, w, 128)
         reconstruction, mu, log_b = self.decode_codes(codes)
         nll = logit_laplace_nll(map_pixels(images), mu, log_b)         # -ln p(x | z)
         log_q = logits.log_softmax(dim=-1)
@@ -150,8 +150,8 @@ class DiscreteVAE(nn.Module):
         """Images (B, C, H, W) in [0, 1] from tokens (B, h, w). ValueError if the tokenizer has no decoder."""
         if self.decoder is None:
             raise ValueError("this tokenizer has no decoder: decoder.pkl was not beside encoder.pkl")
-        table = self.decoder.blocks.input
-        return self.decode_codes(F.embedding(tokens, table.w.flatten(1).t()) + table.b)[0]
+        codebook = self.decoder.blocks.input
+        return self.decode_codes(F.embedding(tokens, codebook.w.flatten(1).t()) + codebook.b)[0]
 
     def decode_codes(self, codes):
         """codes (B, h, w, 128) -> (images in [0, 1], mu, ln b), each (B, C, H, W)."""
@@ -173,11 +173,11 @@ class DiscreteVAE(nn.Module):
         chosen = torch.randperm(len(features))[torch.arange(self.vocab_size) % len(features)]
         f_k = (features[chosen.to(features.device)] - mean) / std                    # (V, width)
         s = sharpness * math.log(self.vocab_size) / (2 * f_k.square().sum(1).mean())
-        output, table = self.encoder.blocks.output.conv, self.decoder.blocks.input
+        output, codebook = self.encoder.blocks.output.conv, self.decoder.blocks.input
         output.w.copy_((2 * s * f_k / std)[..., None, None])
         output.b.copy_(-s * f_k.square().sum(1) - (2 * s * f_k / std) @ mean)
         codes = f_k @ torch.randn(f_k.shape[1], CODE_DIM).to(f_k.device)             # (V, 128)
-        table.w.copy_((codes / codes.std()).t()[..., None, None])
+        codebook.w.copy_((codes / codes.std()).t()[..., None, None])
 
 
 # ---- Training ----

@@ -221,7 +221,7 @@ def figure_predictions(columns, mask, right=None, columns_of_figure=2):
 @torch.no_grad()
 def every_attention_map(model, images):
     """attention_maps of each layer, in one pass: a list of L tensors (B, heads, T, T)."""
-    inputs = [model.embed(model.embed_patches(images)), *model.hidden_states(images)[:-1]]
+    inputs = [model.add_cls_and_positions(model.embed_patches(images)), *model.hidden_states(images)[:-1]]
     return [block.attn.weights(block.norm1(x), bias)
             for block, x, bias in zip(model.blocks, inputs, model.position_biases())]
 

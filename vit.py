@@ -245,7 +245,7 @@ class VisionTransformer(nn.Module):
 
     def hidden_states(self, images):
         """The output of each block, before the final norm: a list of L tensors (B, 1+N, D)."""
-        return self.run_blocks(self.embed(self.embed_patches(images)))
+        return self.run_blocks(self.add_cls_and_positions(self.embed_patches(images)))
 
     def attention_maps(self, images, layer=-1):
         """Softmax attention of a block, (B, heads, 1+N, 1+N): row = query, column = key, token 0 = [S].
@@ -253,7 +253,7 @@ class VisionTransformer(nn.Module):
         Equal to what forward computes, position bias included. IndexError for a missing layer.
         """
         layer = range(len(self.blocks))[layer]                     # -1 is the last
-        x = self.embed(self.embed_patches(images))
+        x = self.add_cls_and_positions(self.embed_patches(images))
         x = [x, *self.run_blocks(x)][layer]                        # what that block sees
         block = self.blocks[layer]
         return block.attn.weights(block.norm1(x), self.position_biases()[layer])
@@ -264,7 +264,7 @@ class VisionTransformer(nn.Module):
         check(images.shape[1:] == expected, f"images are {tuple(images.shape[1:])}, not {expected}")
         return self.patch_embed((images - self.pixel_mean) / self.pixel_std)
 
-    def embed(self, patches):
+    def add_cls_and_positions(self, patches):
         """H_0: e_[S] in front of the patches, plus absolute positions. (B, N, D) -> (B, 1+N, D)."""
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x + self.pos_embed if self.config.position == "absolute" else x
@@ -324,7 +324,7 @@ class MaskedImageModel(VisionTransformer):
               f"mask is {mask.dtype} {tuple(mask.shape)}, the model takes torch.bool {expected}")
         x = self.embed_patches(images)                             # (B, N, D)
         x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)    # before E_pos is added
-        h = self.norm(self.run_blocks(self.embed(x))[-1])[:, 1:]   # (B, N, D), without [S]
+        h = self.norm(self.run_blocks(self.add_cls_and_positions(x))[-1])[:, 1:]   # (B, N, D), without [S]
         if places is None:
             places = mask.flatten().nonzero()[:, 0]
         return self.lm_head(h.flatten(0, 1)[places])               # (M, D) -> (M, V)

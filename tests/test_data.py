@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 import data
 import finetune
@@ -136,6 +137,20 @@ def test_both_views_have_one_flip_and_one_jitter(monkeypatch):
         straight, mirrored = ((view - image).abs().float().mean() for view in (patches, patches.flip(2)))
         seen.add(bool(straight < mirrored))
     assert seen == {True, False}
+
+
+def test_jitter_is_torchvisions(monkeypatch):
+    """Brightness, contrast and saturation with their own factors, in the order drawn, on both views."""
+    for order in ([0, 1, 2, 3], [2, 3, 1, 0]):
+        drawn = torch.tensor(order), 0.7, 1.3, 0.8, None
+        monkeypatch.setattr(data.ColorJitter, "get_params", lambda *_, **__: drawn)
+        jittered, plain = views()[0, 3], views(jitter=0.0)[0, 3]
+        for view, expected in zip(jittered[:2], plain[:2], strict=True):
+            expected = expected / 255
+            for k in (k for k in order if k != 3):
+                adjust = (adjust_brightness, adjust_contrast, adjust_saturation)[k]
+                expected = adjust(expected, drawn[1 + k])
+            torch.testing.assert_close(view / 255, expected, atol=0.6 / 255, rtol=0)
 
 
 def test_each_file_is_opened_once_a_sample(tmp_path, monkeypatch):

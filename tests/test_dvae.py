@@ -222,6 +222,8 @@ def test_what_a_run_leaves(run):
     assert result["codes"] >= 2 and 1 <= result["perplexity"] <= 64
     assert min(result["hard_mse"], result["soft_mse"], result["hard_mae"]) > 0
     assert {"loss", "nll", "kl", "mse", "temperature", "kl_weight"} <= set(log(run)[0])
+    for line in log(run):                                              # 3 x 4 x 4 channels a token
+        assert line["loss"] == pytest.approx(line["nll"] + line["kl_weight"] / 48 * line["kl"], rel=1e-5)
     assert (run / "tokenizer.png").stat().st_size > 1000
     model = weights.load_tokenizer(run / "model.pt")
     assert model.vocab_size == 64 and model.downsample == 4
