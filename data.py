@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
@@ -316,34 +316,6 @@ def open_labelled(data, root, maps=False):
     val.target_transform = [train.class_to_idx[name] for name in val.classes].__getitem__
     val.classes = train.classes
     return train, val
-
-
-def labels_of(source):
-    """The labels of all samples as an array, without opening a file."""
-    if isinstance(source, Subset):
-        return labels_of(source.dataset)[source.indices]
-    return np.array(source.targets)
-
-
-def split_off(source, count):
-    """(all samples but count, those count) of a source, always the same. UserError if none would be left."""
-    if not 1 <= count < len(source):
-        raise UserError(f"--validate: from 1 to {len(source) - 1}, not {count}")
-    order = np.random.default_rng(0).permutation(len(source)).tolist()
-    return Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count]))
-
-
-def few_labels(source, count, classes, seed):
-    """count samples, as many of each class as of others (to within one). UserError if one has too few."""
-    if not len(classes) <= count <= len(source):
-        raise UserError(f"--labels: from {len(classes)}, one a class, to {len(source)}, not {count}")
-    labels, rng, chosen = labels_of(source), np.random.default_rng([seed, count]), []
-    for k, extra in enumerate(rng.permutation(len(classes)) < count % len(classes)):
-        of_class, wanted = np.flatnonzero(labels == k), count // len(classes) + int(extra)
-        if len(of_class) < wanted:
-            raise UserError(f"--labels: {count} are {wanted} of {classes[k]}, which has {len(of_class)}")
-        chosen += rng.permutation(of_class)[:wanted].tolist()
-    return Subset(source, sorted(chosen))
 
 
 # ---- Two views, or a labelled image ----

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import data
 import training
 import vit
 import weights
+from training import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,34 @@ PRESETS = {
 }
 
 
+def labels_of(source):
+    """The labels of all samples as an array, without opening a file."""
+    if isinstance(source, Subset):
+        return labels_of(source.dataset)[source.indices]
+    return np.array(source.targets)
+
+
+def split_off(source, count):
+    """(all samples but count, those count) of a source, always the same. UserError if none would be left."""
+    if not 1 <= count < len(source):
+        raise UserError(f"--validate: from 1 to {len(source) - 1}, not {count}")
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+    return Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count]))
+
+
+def few_labels(source, count, classes, seed):
+    """count samples, as many of each class as of others (to within one). UserError if one has too few."""
+    if not len(classes) <= count <= len(source):
+        raise UserError(f"--labels: from {len(classes)}, one a class, to {len(source)}, not {count}")
+    labels, rng, chosen = labels_of(source), np.random.default_rng([seed, count]), []
+    for k, extra in enumerate(rng.permutation(len(classes)) < count % len(classes)):
+        of_class, wanted = np.flatnonzero(labels == k), count // len(classes) + int(extra)
+        if len(of_class) < wanted:
+            raise UserError(f"--labels: {count} are {wanted} of {classes[k]}, which has {len(of_class)}")
+        chosen += rng.permutation(of_class)[:wanted].tolist()
+    return Subset(source, sorted(chosen))
+
+
 def complete(preset, flags):
     """For training.parse: the preset of the task, and values that the checkpoint and the task give."""
     task, name = flags.get("task", "classification"), Path(flags.get("data", "shapes")).resolve().name
@@ -132,7 +162,7 @@ def complete(preset, flags):
     elif task == "segmentation" and preset in PRESETS and not preset.startswith("segmentation-"):
         fits = ", ".join(name.removeprefix("segmentation-") for name in PRESETS
                          if name.startswith("segmentation-"))
-        raise training.UserError(f"--preset: one of {fits} with --task segmentation, not {preset}")
+        raise UserError(f"--preset: one of {fits} with --task segmentation, not {preset}")
     folder = f"runs/finetune-{name}" + ("" if task == "classification" else f"-{task}")
     left, maker = f"runs/pretrain-{name}/model.pt", "pretrain.py"
     if flags.get("eval"):
@@ -145,13 +175,13 @@ def complete(preset, flags):
                          for flag in ("task", "data", "data_root") if flag in flags
                          and (flag != "task" or flags.get("eval")))
         otherwise = "" if flags.get("eval") else ", or --init none trains from scratch"
-        raise training.UserError(f"--init: {left} is not there; `python {maker}{shared}` makes it, or --init "
+        raise UserError(f"--init: {left} is not there; `python {maker}{shared}` makes it, or --init "
                                  f"FILE names another{otherwise}")
     try:
         state, info = weights.load(more["init"])
         config = info["config"]
     except ValueError as error:
-        raise training.UserError(f"--init: {error}") from None
+        raise UserError(f"--init: {error}") from None
     for field in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "position",
                   "layer_scale", "pixel_mean", "pixel_std"):
         more[field] = getattr(config, field)
@@ -172,9 +202,9 @@ def open_views(config):
     source, held_out = data.open_labelled(config.data, config.data_root, maps=config.task == "segmentation")
     classes = list(source.classes)
     if config.validate:
-        source, held_out = data.split_off(source, config.validate)
+        source, held_out = split_off(source, config.validate)
     if config.labels:
-        source = data.few_labels(source, config.labels, classes, config.seed)
+        source = few_labels(source, config.labels, classes, config.seed)
     transforms = []
     for train in (True, False):
         if config.task == "segmentation":
@@ -199,7 +229,7 @@ def build_model(config, classes):
     if config.init != "none":
         new = weights.initialise(model, config.init, classes)
         if config.eval and any(name.startswith(weights.HEADS) for name in new):
-            raise training.UserError(f"--eval: {config.init} has no head for --task {config.task} with these "
+            raise UserError(f"--eval: {config.init} has no head for --task {config.task} with these "
                                      f"{len(classes)} classes; a model.pt that finetune.py left for the same "
                                      f"--task and --data has")
     model.checkpoint_blocks = config.checkpoint_blocks

@@ -328,43 +328,6 @@ def test_wrong_data(tmp_path):
 
 # ---- Labels ----
 
-class Numbers(torch.utils.data.Dataset):
-    """39 samples of class index % 4, so that the last class has one less."""
-    classes, targets = ["a", "b", "c", "d"], [index % 4 for index in range(39)]
-
-    def __len__(self):
-        return 39
-
-    def __getitem__(self, index):
-        return None, index % 4
-
-
-def test_split_off_samples_are_kept_from_training():
-    rest, kept = data.split_off(Numbers(), 9)
-    assert sorted(rest.indices + kept.indices) == list(range(39)) and len(kept) == 9
-    assert kept.indices == data.split_off(Numbers(), 9)[1].indices and kept[3][1] == kept.indices[3] % 4
-    few = data.few_labels(rest, 8, Numbers.classes, 0)                 # a subset of a subset
-    assert np.bincount(data.labels_of(few)).tolist() == [2, 2, 2, 2]
-    assert not set(kept.indices) & {rest.indices[i] for i in few.indices}
-    with pytest.raises(UserError, match="--validate: from 1 to 38, not 39"):
-        data.split_off(Numbers(), 39)
-
-
-def test_few_labels_are_balanced_and_seeded():
-    def few(count, seed=0):
-        return data.few_labels(Numbers(), count, Numbers.classes, seed)
-    labels = data.labels_of(few(12))
-    assert np.bincount(labels).tolist() == [3, 3, 3, 3] and len(set(few(12).indices)) == 12
-    assert [few(12)[i][1] for i in range(12)] == labels.tolist()
-    assert few(12).indices == few(12).indices != few(12, seed=1).indices
-    assert sorted(np.bincount(data.labels_of(few(14))).tolist()) == [3, 3, 4, 4]
-    with pytest.raises(UserError, match="--labels: from 4, one a class, to 39, not 3"):
-        few(3)
-    with pytest.raises(UserError, match="--labels: .* of d, which has 9"):
-        for seed in range(20):
-            few(39, seed)
-
-
 def labelled(folder, val="val"):
     for split, classes in (("train", "abc"), (val, "ac")):
         for k, name in enumerate(classes):
@@ -377,7 +340,7 @@ def labelled(folder, val="val"):
 def test_labelled_folders(tmp_path):
     train, held_out = open_labelled(str(labelled(tmp_path, "validation")), "")
     assert train.classes == held_out.classes == ["a", "b", "c"]
-    assert data.labels_of(train).tolist() == [0, 0, 1, 1, 2, 2]
+    assert train.targets == [0, 0, 1, 1, 2, 2]
     assert [held_out[i][1] for i in range(4)] == [0, 0, 2, 2] and held_out[3][0].getpixel((0, 0)) == (1, 1, 0)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")      # its label goes with it
     assert Labelled(train, data.classification_transform(16, train=False))[0, 1][1] == 1
