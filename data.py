@@ -1,7 +1,7 @@
 """Images from `shapes`, data sets and folders; two views of each and its mask; labelled images; loaders.
 
 A source is a Dataset: source[index] -> (PIL image in RGB, label). All draws are a function of (seed, epoch,
-index), whatever the number of workers and processes.
+index) alone, whatever the number of workers and processes.
 """
 import colorsys
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
@@ -52,39 +52,39 @@ def signed_distance(shape, u, v):
     return np.maximum(abs(u) - 1, abs(v) - 0.28)    # bar
 
 
-@functools.lru_cache(maxsize=16_384)    # 200 MB at most; a demo epoch is drawn once
+@functools.lru_cache(maxsize=16_384)    # all 11,000 scenes fit in 200 MB, so each is drawn once per process
 def render_scene(split, index, size=64):
     """A scene of `shapes`: (image uint8 (size, size, 3), label, class map uint8 (size, size)).
 
-    The label, an index into SHAPES, is the main object's. In the map 0 is background, 1 + index an object.
+    The label is the main object's index into SHAPES. The map is 0 in the background and 1 + index on objects.
     """
     rng = np.random.default_rng([0 if split == "train" else 1, index])
-    places = np.arange(size, dtype=np.float32) / size    # of pixels, in [0, 1)
+    coordinates = np.arange(size, dtype=np.float32) / size    # of pixels, in [0, 1)
 
     def colour(hue, saturation, value):
         rgb = colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value))
         return np.array(rgb, np.float32)
 
-    def textured(a, b, x, y):    # from colour a to b in a ramp, waves or stripes
+    def textured(a, b, x, y):    # colours from a to b, in a ramp, in waves or in stripes
         angle = rng.uniform(0, 2 * np.pi)
         along = (x - 0.5) * float(np.cos(angle)) + (y - 0.5) * float(np.sin(angle))
         swing = np.sin((2 * np.pi * rng.uniform(0.7, 2.5)) * along + rng.uniform(0, 2 * np.pi))
-        blend = (along, swing / 2, swing * 3)[rng.integers(3)]
+        blend = (along, swing / 2, swing * 3)[rng.integers(3)]    # ramp, waves, stripes
         return a + (b - a) * np.clip(0.5 + blend, 0, 1)[..., None]    # (rows, columns, 3)
 
     first, second = (colour(rng.random(), (0.1, 0.6), (0.2, 0.9)) for _ in range(2))
-    image = textured(first, second, places, places[:, None])
+    image = textured(first, second, coordinates, coordinates[:, None])
     classes = np.zeros((size, size), np.uint8)
 
     def draw(shape, radius, centre):
-        reach = 1.1 * radius
+        reach = 1.1 * radius    # only the pixels in this window around the centre are computed
         window = tuple(slice(max(0, int((c - reach) * size)), int((c + reach) * size) + 2) for c in centre)
-        x, y = places[window[1]], places[window[0], None]
+        x, y = coordinates[window[1]], coordinates[window[0], None]
         angle = rng.uniform(0, 2 * np.pi)
         cos, sin = float(np.cos(angle)) / radius, float(np.sin(angle)) / radius
         u = (x - centre[1]) * cos + (y - centre[0]) * sin
         v = (y - centre[0]) * cos - (x - centre[1]) * sin
-        cover = np.clip(0.5 - signed_distance(SHAPES[shape], u, v) * (radius * size), 0, 1)
+        cover = np.clip(0.5 - signed_distance(SHAPES[shape], u, v) * (radius * size), 0, 1)    # antialiased
         tone = colour(shape / len(SHAPES) + rng.normal(0, HUE_SPREAD), (0.5, 1.0), (0.5, 1.0))
         fill = textured(tone, tone * rng.uniform(0.4, 0.8), x, y) if rng.random() < 0.4 else tone
         image[window] += (fill - image[window]) * cover[..., None]
@@ -106,10 +106,10 @@ DATASETS = {"fashion-mnist": datasets.FashionMNIST,
 FILES = {"fashion-mnist": "FashionMNIST/raw (unpacked: train-images-idx3-ubyte and three more)",
          "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LARGE = 1024       # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size while both sides stay this large
-HELD_OUT = 50      # every 50th image of a folder without val/ is held out
-IGNORE = 255       # in a class map: neither predicted nor counted
-IN_A_ROW = 16      # unreadable files that end a run
+JPEG_MIN_SIDE = 1024      # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if both sides stay this large
+HOLD_OUT_EVERY = 50       # every 50th image of a folder without val/ is held out
+IGNORE = 255              # in a class map: a pixel that is not counted
+MAX_BAD_IN_A_ROW = 16     # so many unreadable files end a run
 warnings.filterwarnings("ignore", module=r"PIL\.")    # two lines for each file with odd metadata
 
 
@@ -126,11 +126,14 @@ def open_file(path, decode):
         raise BadFile(f"{path} cannot be read ({error or type(error).__name__})") from error
 
 
-def upright_rgb(file, reduce=True):
-    """A PIL image as RGB: turned as EXIF says, 16-bit grey scaled, transparency laid over white."""
-    if reduce and file.format == "JPEG":
-        file.draft(None, (LARGE, LARGE))
-    image = ImageOps.exif_transpose(file)
+def upright_rgb(image, reduce=True):
+    """A PIL image as RGB: turned as EXIF says, 16-bit grey scaled, transparency laid over white.
+
+    reduce: large JPEGs are decoded at a part of their size.
+    """
+    if reduce and image.format == "JPEG":
+        image.draft(None, (JPEG_MIN_SIDE, JPEG_MIN_SIDE))
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float32)
         grey = grey * 255 if image.mode == "F" and grey.max() <= 1 else grey / 257
@@ -148,20 +151,20 @@ def open_image(path):
 
 @functools.cache
 def warn_once(text):
-    """Warn of a BadFile, in each process once."""
-    sys.stderr.write(f"warning: {text}; the next one is taken\n")    # in one piece, from several processes
+    """Warn about a BadFile, once in each process; cached for that."""
+    sys.stderr.write(f"warning: {text}; the next one is taken\n")    # one write: processes do not mix lines
 
 
 def read(source, index):
-    """source[index], or the next sample without a BadFile. OSError after IN_A_ROW of them."""
+    """source[index], or the next sample that can be read. OSError after MAX_BAD_IN_A_ROW that cannot."""
     first = None
-    for i in range(index, index + IN_A_ROW):
+    for i in range(index, index + MAX_BAD_IN_A_ROW):
         try:
             return source[i % len(source)]
         except BadFile as error:
             first = first or error
             warn_once(str(error))
-    raise OSError(f"--data: {first}, nor can the {IN_A_ROW - 1} files after it")
+    raise OSError(f"--data: {first}, nor can the {MAX_BAD_IN_A_ROW - 1} files after it")
 
 
 class Shapes(Dataset):
@@ -187,7 +190,7 @@ class Images(Dataset):
     """Image files without labels: (image, 0)."""
 
     def __init__(self, paths):
-        self.paths = np.array(paths)    # strings of a list would be copied into each loader process
+        self.paths = np.array(paths)    # loader processes would copy a list: reading it counts references
 
     def __len__(self):
         return len(self.paths)
@@ -197,9 +200,9 @@ class Images(Dataset):
 
 
 class Segmentation(Images):
-    """(image, class map uint8 (H, W)) of ADE20K's images/<split>/a.jpg and annotations/<split>/a.png.
+    """ADE20K's images/<split>/a.jpg and annotations/<split>/a.png: (image, class map uint8 (H, W)).
 
-    A map's class k becomes k - 1, and its 0, "none of them", IGNORE. classes: their names.
+    Class k of a file becomes k - 1, and its 0, which means none of the classes, IGNORE.
     """
 
     def __init__(self, root, split, classes):
@@ -251,7 +254,7 @@ def image_paths(folder):
 
 
 def open_named(data, root, maps=False):
-    """(training, held-out) samples of shapes or a torchvision data set under root; None for a folder."""
+    """(training, held-out) sources of shapes or of a torchvision data set under root; None for a folder."""
     if data == "shapes":
         return Shapes("train", maps), Shapes("val", maps)
     if data not in DATASETS:
@@ -273,26 +276,26 @@ def held_out_folder(folder):
 
 
 def open_splits(data, root):
-    """(training, held-out) images of --data, labels ignored; root: --data-root. Raises UserError.
+    """(training, held-out) sources of --data, for use without labels; root: --data-root. UserError.
 
-    A folder's train/ and val/ (or validation/) if it has them, else all images below it, every 50th held out.
+    Of a folder: train/ and val/ (or validation/) if it has them, else all images in it, every 50th held out.
     """
     named = open_named(data, root)
     if named:
         return named
     folder, held_out = Path(data), held_out_folder(Path(data))
     paths = image_paths(folder / "train" if (folder / "train").is_dir() else folder)
-    if held_out:
+    if held_out:    # without train/, its images are below the folder, too
         kept = [path for path in paths if not path.startswith(f"{held_out}{os.sep}")]
         return Images(kept), Images(image_paths(held_out))
-    kept = [path for i, path in enumerate(paths) if i % HELD_OUT]
-    return Images(kept or paths), Images(paths[::HELD_OUT])
+    kept = [path for i, path in enumerate(paths) if i % HOLD_OUT_EVERY]
+    return Images(kept or paths), Images(paths[::HOLD_OUT_EVERY])
 
 
 def open_labelled(data, root, maps=False):
-    """(training, held-out) samples of --data with labels, or with class maps; both have .classes. UserError.
+    """(training, held-out) sources of --data with labels, or with class maps; both have .classes. UserError.
 
-    A folder: train/ and val/ (or validation/) with a folder for each class; for maps ADE20K's layout.
+    A folder has train/ and val/ (or validation/), with a folder for each class in them, or ADE20K's layout.
     """
     named = open_named(data, root, maps)
     if named:
@@ -313,8 +316,8 @@ def open_labelled(data, root, maps=False):
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(f"--data: {held_out} has class {unknown[0]}, {folder / 'train'} has not")
-    val.target_transform = [train.class_to_idx[name] for name in val.classes].__getitem__
-    val.classes = train.classes
+    numbers = [train.class_to_idx[name] for name in val.classes]    # val/ may lack classes
+    val.target_transform, val.classes = numbers.__getitem__, train.classes
     return train, val
 
 
@@ -336,22 +339,22 @@ def centre_box(width, height):
     return left, top, left + side, top + side
 
 
-def resize(crop, pixels, size, interpolation):
-    """A PIL image, and the same as uint8 (3, h, w), at size x size, antialiased: uint8 (3, size, size)."""
+def resize_square(crop, pixels, size, interpolation):
+    """Resize a PIL image, given also as a tensor uint8 (3, h, w), to uint8 (3, size, size), antialiased."""
     if interpolation == InterpolationMode.LANCZOS and not hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):
-        return F.pil_to_tensor(crop.resize((size, size), Image.Resampling.LANCZOS))    # older PyTorch, slower
-    return F.resize(pixels, [size, size], interpolation)
+        return F.pil_to_tensor(crop.resize((size, size), Image.Resampling.LANCZOS))    # for older PyTorch
+    return F.resize(pixels, [size, size], interpolation)               # several times as fast as PIL
 
 
 class Views(Dataset):
     """The two views of an image (sec. 2.1) and a mask, for (epoch, index).
 
-    One box is resized twice, as released: bicubic to image_size for the patches, Lanczos to token_size for
-    the tokenizer; None leaves a view out. To train it is a random resized crop, and both views get the same
-    flip and colour jitter; else it is the largest centred square.
+    One crop box is resized twice, as released: bicubic to image_size for the patches, Lanczos to token_size
+    for the tokenizer. A size of None leaves a view out. In training the box is a random resized crop, and
+    both views get the same flip and colour jitter; in evaluation it is the largest centred square.
     draw_mask: rng -> bool ndarray (h, w), such as a partial masking.blockwise_mask; None for no mask.
 
-    Returns a tuple: the views, uint8 (3, S, S), then the mask, bool (h, w).
+    Each sample is a tuple: the views, uint8 (3, S, S), then the mask, bool (h, w).
     """
 
     def __init__(self, source, image_size, token_size, draw_mask=None, *, seed=0, train=True, crop_scale=0.08,
@@ -375,7 +378,7 @@ class Views(Dataset):
                 box = (left, top, left + w, top + h)
             crop = image.crop(box)
             pixels = F.pil_to_tensor(crop)
-            views = [resize(crop, pixels, size, interpolation) for size, interpolation in self.sizes]
+            views = [resize_square(crop, pixels, size, interpolation) for size, interpolation in self.sizes]
             if self.train:
                 views = self.augment(views)
             mask = [torch.from_numpy(self.draw_mask(rng))] if self.draw_mask else []
@@ -395,13 +398,13 @@ class Views(Dataset):
         return [(255 * view).round().to(torch.uint8) for view in views]
 
 
-GREY = (124, 116, 104)    # ImageNet's mean colour, where there is no image
+FILL_COLOUR = (124, 116, 104)    # ImageNet's mean colour, where there is no image
 
 
 class Labelled(Dataset):
-    """(image uint8 (3, S, S), label or class map uint8 (S, S)) for (epoch, index).
+    """An image, uint8 (3, S, S), and its label or class map, uint8 (S, S), for (epoch, index).
 
-    transform: (PIL image, label or tv_tensors.Mask) -> the same, the image a uint8 tensor.
+    transform: a torchvision transform of (PIL image, label or tv_tensors.Mask) that makes the image a tensor.
     """
 
     def __init__(self, source, transform, seed=0):
@@ -417,14 +420,14 @@ class Labelled(Dataset):
             if not isinstance(target, np.ndarray):
                 return self.transform(image, target)
             image, target = self.transform(image, tv_tensors.Mask(torch.from_numpy(target)))
-            return image, target.as_subclass(torch.Tensor)
+            return image, target.as_subclass(torch.Tensor)             # no longer a tv_tensor
 
 
 def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, erasing=0.0, eval_crop=0.875):
     """Training: random resized crop, flip, RandAugment, random erasing (Table 13). Else the centre.
 
-    randaugment: magnitude, 0 (none) to 10, of two operations, each for half of the images, as released.
-    erasing: probability of a rectangle in the mean colour. eval_crop: side of the centre, as a share.
+    randaugment: magnitude, 0 (none) to 10, of two operations, each applied to half of the images as released.
+    erasing: probability of a rectangle in the mean colour. eval_crop: side of the centre over the image's.
     """
     if not train:
         resize = v2.Resize(round(size / eval_crop), InterpolationMode.BICUBIC)
@@ -432,59 +435,54 @@ def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, e
     crop = v2.RandomResizedCrop(size, (crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     operations = []
     if randaugment:
-        operation = v2.RandAugment(1, round(3 * randaugment), 31, InterpolationMode.BILINEAR, GREY)
+        magnitude = round(3 * randaugment)                             # of 31 steps, about 0 to 10
+        operation = v2.RandAugment(1, magnitude, 31, InterpolationMode.BILINEAR, FILL_COLOUR)
         operations = [v2.RandomApply([operation], p=0.5)] * 2
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *operations, v2.PILToTensor(),
-                       v2.RandomErasing(p=erasing, value=GREY)])
+                       v2.RandomErasing(p=erasing, value=FILL_COLOUR)])
 
 
-def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.4):
+def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
     """Image and class map together. Training: the shorter side at scale[0] to scale[1] times size, a random
-    crop of size x size padded with IGNORE, flip, colour jitter. Else unchanged."""
+    crop of size x size padded with IGNORE, flip, and half of the images with other colours. Else unchanged.
+
+    jitter: share by which contrast and saturation vary; brightness varies by a quarter of it, hue by a tenth.
+    """
     if not train:
         return v2.PILToTensor()
-    sides = sorted({round(size * (scale[0] + (scale[1] - scale[0]) * i / 32)) for i in range(33)})
+    sides = [round(size * side) for side in np.linspace(*scale, num=33)]
+    distortion = v2.ColorJitter(jitter / 4, jitter, jitter, jitter / 10)    # v2's own also swaps red and blue
     return v2.Compose([
         v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC),
-        v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: GREY, tv_tensors.Mask: IGNORE}),
-        v2.RandomHorizontalFlip(), v2.ColorJitter(jitter, jitter, jitter), v2.PILToTensor()])
+        v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: FILL_COLOUR, tv_tensors.Mask: IGNORE}),
+        v2.RandomHorizontalFlip(), v2.RandomApply([distortion], p=0.5), v2.PILToTensor()])
 
 
 # ---- Loaders ----
 
-class GlobalBatches(Sampler):
-    """The (epoch, index) lists of one process for steps start to stop - 1, one list an accumulated part.
+def rank_batches(images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1):
+    """Lists of (epoch, index) of one process for steps start to stop - 1, a list for each accumulated part.
 
     The images of a step are a function of (seed, step), and are dealt to parts and processes in order.
     """
-
-    def __init__(self, images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1):
-        self.images, self.batch_size, self.seed, self.start, self.stop = images, batch_size, seed, start, stop
-        self.parts, self.rank, self.world_size = parts, rank, world_size
-
-    def __len__(self):
-        return (self.stop - self.start) * self.parts
-
-    def __iter__(self):
-        per_epoch, shuffled = self.images // self.batch_size, None
-        for step in range(self.start, self.stop):
-            epoch, at = divmod(step, per_epoch)
-            if epoch != shuffled:
-                order, shuffled = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
-            batch = order[at * self.batch_size:(at + 1) * self.batch_size]
-            for part in batch.reshape(self.parts, self.world_size, -1):
-                yield [(epoch, int(index)) for index in part[self.rank]]
+    for step in range(start, stop):
+        epoch, at = divmod(step, images // batch_size)
+        if at == 0 or step == start:
+            order = np.random.default_rng([seed, epoch]).permutation(images)
+        batch = order[at * batch_size:(at + 1) * batch_size]
+        for part in batch.reshape(parts, world_size, -1):
+            yield [(epoch, int(index)) for index in part[rank]]
 
 
 def train_loader(dataset, config, device, start, stop, collate=default_collate):
     """Batches of this process for steps start to stop - 1."""
-    batches = GlobalBatches(len(dataset), config.batch_size, seed=config.seed, start=start, stop=stop,
-                            parts=config.accumulate, rank=rank(), world_size=world_size())
+    batches = rank_batches(len(dataset), config.batch_size, seed=config.seed, start=start, stop=stop,
+                           parts=config.accumulate, rank=rank(), world_size=world_size())
     return make_loader(dataset, batches, config, device, collate)
 
 
 def val_loader(dataset, config, device, collate=default_collate, images=None, batch_size=None):
-    """Batches of this process's share of the held-out samples: all, or at most so many, evenly spaced."""
+    """Batches of this process's share of the held-out samples, or of about so many, evenly spaced."""
     every = math.ceil(len(dataset) / images) if images else 1
     chosen = range(0, len(dataset), every)[rank()::world_size()]
     size = batch_size or max(1, config.batch_size // config.accumulate // world_size())
@@ -502,15 +500,14 @@ def make_loader(dataset, batches, config, device, collate):
 
 
 def leave_process_group(worker):
-    """Else Ctrl-C would end the loader processes before the step is finished."""
+    """Leave the process group of the main process, so that Ctrl-C lets it finish its step."""
     os.setpgrp()
 
 
-def some_samples(dataset, count, device, collate=default_collate):
-    """So many samples of the first epoch, evenly spaced, as one batch on the device."""
+def some_samples(dataset, count, collate=default_collate):
+    """A batch of at most count samples of the first epoch, evenly spaced."""
     indices = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    samples = [dataset[0, index] for index in indices]
-    return [tensor.to(device) for tensor in collate(samples)]
+    return collate([dataset[0, index] for index in indices])
 
 
 def to_float(images):

@@ -1,6 +1,7 @@
 """The image tokenizer: a discrete VAE with the architecture, parameter names and objective of DALL-E's.
 
-`python dvae.py` trains one. B images, C channels, H W pixels; h w tokens, H = h 2 ** (groups - 1); V codes.
+`python dvae.py` trains one. Images are (B, C, H, W) in [0, 1], tokens (B, h, w), with H = h 2 ** (groups - 1)
+and V codes.
 """
 import copy
 import math
@@ -19,7 +20,7 @@ import data
 import training
 
 PIXEL_EPS = 0.1    # pixels are mapped into [eps, 1 - eps], where logit-Laplace has support
-CODE_DIM = 128     # n_init, width of a code in the decoder
+CODE_DIM = 128     # width of a code, the decoder's n_init
 
 
 def map_pixels(images):
@@ -38,7 +39,7 @@ def logit_laplace_nll(x, mu, log_b):
 
 
 class Conv2d(nn.Module):
-    """A "same" convolution, named as in the public weights. Initially N(0, 1/sqrt(fan_in)), bias 0."""
+    """A convolution that keeps the size. Initial weights: normal with std 1 / sqrt(fan_in), bias 0."""
 
     def __init__(self, n_in, n_out, kernel):
         super().__init__()
@@ -50,7 +51,7 @@ class Conv2d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """identity + post_gain * residual path; kernels: (3, 3, 3, 1) to encode, (1, 3, 3, 3) to decode."""
+    """identity + post_gain * residual path of four convolutions with these kernel sizes."""
 
     def __init__(self, n_in, n_out, kernels, post_gain):
         super().__init__()
@@ -68,17 +69,20 @@ class ResBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of encoder or decoder: convolution, groups of blocks and resampling between, 1x1 convolution."""
+    """The layers of the encoder or decoder, as .blocks: input, group_1, group_2 and so on, output.
+
+    A group is residual blocks of one width, and except in the last group a resampling.
+    """
 
     def __init__(self, n_in, kernel, n_first, widths, blocks_per_group, kernels, resample, n_out):
         super().__init__()
         post_gain = 1 / (len(widths) * blocks_per_group) ** 2
         blocks, width = OrderedDict(input=Conv2d(n_in, n_first, kernel)), n_first
-        for g, wider in enumerate(widths):
+        for g, width_out in enumerate(widths):
             group = OrderedDict()
             for b in range(blocks_per_group):
-                group[f"block_{b + 1}"] = ResBlock(width, wider, kernels, post_gain)
-                width = wider
+                group[f"block_{b + 1}"] = ResBlock(width, width_out, kernels, post_gain)
+                width = width_out
             if g < len(widths) - 1:
                 group["resample"] = resample
             blocks[f"group_{g + 1}"] = nn.Sequential(group)
@@ -86,15 +90,15 @@ class Stack(nn.Module):
         self.blocks = nn.Sequential(blocks)
 
 
-class ELBO(NamedTuple):
-    """The two terms of the loss (Eq. 2 with a uniform prior), and the reconstruction."""
+class DVAEOutput(NamedTuple):
+    """The two terms of -ELBO (Eq. 2 with a uniform prior), and the reconstruction."""
     nll: torch.Tensor       # scalar: -ln p(x | z) in nats, mean over pixel channels
     kl: torch.Tensor        # scalar: KL(q(z | x) || uniform) in nats, mean over tokens
     images: torch.Tensor    # (B, C, H, W) in [0, 1]
 
 
 class DiscreteVAE(nn.Module):
-    """Encoder q(z | x), V codes, decoder p(x | z). Images are (B, C, H, W) in [0, 1]; H = h * downsample."""
+    """Encoder q(z | x), codebook of V codes, decoder p(x | z). H = h * downsample."""
 
     def __init__(self, vocab_size=8192, hidden=256, groups=4, blocks_per_group=2, in_channels=3):
         super().__init__()
@@ -111,20 +115,25 @@ class DiscreteVAE(nn.Module):
                              nn.Upsample(scale_factor=2), 2 * in_channels)
 
     def forward(self, images, temperature):
-        """The ELBO (Eq. 2) of a Gumbel-softmax sample; in eval mode without noise: softmax(logits / tau)."""
+        """The terms of -ELBO (Eq. 2), with z relaxed to a Gumbel-softmax sample of temperature tau.
+
+        In evaluation mode z is softmax(logits / tau), without noise.
+        """
         logits = self.encode(images).float().permute(0, 2, 3, 1)       # (B, h, w, V), of q(z | x)
-        gumbel = -(-torch.rand_like(logits).log()).log() if self.training else 0
-        z = ((logits + gumbel) / temperature).softmax(dim=-1)          # relaxed one-hot codes
-        codebook = self.decoder.blocks.input                        # 1x1 convolution; its weight: V codes
-        codes = F.linear(z, codebook.w.flatten(1), codebook.b)            # (B, h, w, 128)
+        if self.training:
+            z = F.gumbel_softmax(logits, temperature)                  # relaxed one-hot codes
+        else:
+            z = (logits / temperature).softmax(dim=-1)
+        codebook = self.decoder.blocks.input                           # a 1x1 convolution from V channels
+        codes = F.linear(z, codebook.w.flatten(1), codebook.b)         # (B, h, w, 128)
         reconstruction, mu, log_b = self.decode_codes(codes)
         nll = logit_laplace_nll(map_pixels(images), mu, log_b)         # -ln p(x | z)
         log_q = logits.log_softmax(dim=-1)
         kl = math.log(self.vocab_size) + (log_q.exp() * log_q).sum(dim=-1)    # KL(q || uniform) = ln V - H(q)
-        return ELBO(nll.mean(), kl.mean(), reconstruction)
+        return DVAEOutput(nll.mean(), kl.mean(), reconstruction)
 
     def features(self, images):
-        """Input of the encoder's last convolution, (B, width, h, w). ValueError for a wrong size."""
+        """The input of the encoder's last convolution, (B, width, h, w). ValueError for a wrong size."""
         H, W = images.shape[-2:]
         if H % self.downsample or W % self.downsample:
             raise ValueError(f"image sides {H}, {W} must be multiples of {self.downsample}")
@@ -136,13 +145,13 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images):
-        """z = argmax q(z | x) (Eq. 3, stage 2), without noise: (B, h, w) int64.
+        """The tokens z = argmax q(z | x), without noise (sec. 2.4): (B, h, w) int64.
 
-        The last convolution and argmax are in true fp32: the best two logits are often nearly equal.
+        The last convolution and the argmax are in true fp32, as the best two logits are often nearly equal.
         """
         features = self.features(images)
-        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(images.device.type, enabled=False), no_tf32:
+        true_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), true_fp32:
             return self.encoder.blocks.output.conv(features.float()).argmax(dim=1)
 
     @torch.no_grad()
@@ -160,21 +169,20 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def initialise_codes(self, images, sharpness=8.0):
-        """Place the V codes on V patches of these images, so that training starts with all codes in use.
+        """Make the encoder a nearest-neighbour classifier on V random patches, so that all codes are in use.
 
-        With f the normalised input of the encoder's last convolution and f_k that of a random patch, logits
-        are -s |f - f_k|^2 = 2s f_k f - s |f_k|^2 + const., a soft nearest-neighbour choice by a convolution
-        with weight 2s f_k and bias -s |f_k|^2. A code at the mean distance has the logit -sharpness ln V.
-        The codebook becomes a random projection of f_k.
+        f is the normalised input of the last convolution, f_k that of patch k. The logits become
+        -s |f - f_k|^2 = 2s f_k f - s |f_k|^2 + const.: a convolution with weight 2s f_k and bias -s |f_k|^2.
+        At the mean distance the logit is -sharpness ln V. The codebook becomes a random projection of f_k.
         """
         features = self.features(images).permute(0, 2, 3, 1).flatten(0, 2)           # (B h w, width)
-        features = features.unique(dim=0)                              # equal patches need one code
+        features = features.unique(dim=0)                              # equal patches share a code
         mean, std = features.mean(0), features.std() + 1e-6
         chosen = torch.randperm(len(features))[torch.arange(self.vocab_size) % len(features)]
         f_k = (features[chosen.to(features.device)] - mean) / std                    # (V, width)
         s = sharpness * math.log(self.vocab_size) / (2 * f_k.square().sum(1).mean())
         output, codebook = self.encoder.blocks.output.conv, self.decoder.blocks.input
-        output.w.copy_((2 * s * f_k / std)[..., None, None])
+        output.w.copy_((2 * s * f_k / std)[..., None, None])           # for features not yet normalised
         output.b.copy_(-s * f_k.square().sum(1) - (2 * s * f_k / std) @ mean)
         codes = f_k @ torch.randn(f_k.shape[1], CODE_DIM).to(f_k.device)             # (V, 128)
         codebook.w.copy_((codes / codes.std()).t()[..., None, None])
@@ -185,19 +193,19 @@ class DiscreteVAE(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Config(training.RunConfig):
     """Flags of dvae.py."""
-    image_size: Annotated[int, "pixels a side of its view: token grid x 2 ** (groups - 1)", (1, inf)] = 112
+    image_size: Annotated[int, "pixels per side: token grid x 2 ** (groups - 1)", (1, inf)] = 112
     vocab_size: Annotated[int, "codes |V|", (2, inf)] = 8192
     hidden: Annotated[int, "width n_hid of the first group; then 2, 4, 8 times as wide", (4, inf)] = 256
-    groups: Annotated[int, "groups of blocks, with half the resolution from one to the next", (1, inf)] = 4
+    groups: Annotated[int, "groups of blocks; each halves the resolution of the one before", (1, inf)] = 4
     blocks_per_group: Annotated[int, "residual blocks in a group", (1, inf)] = 2
     kl_weight: Annotated[float, "final weight beta of the KL term", (0, inf)] = 6.6
-    kl_ramp: Annotated[float, "share of steps in which beta rises; DALL-E: 5,000 of 3M", (0, 1)] = 0.00167
-    temperature: Annotated[float, "final Gumbel-softmax temperature tau, from 1", (1e-6, 1)] = 0.0625
-    temperature_ramp: Annotated[float, "share of steps in which tau falls (DALL-E)", (0, 1)] = 0.05
-    lr_ramp: Annotated[float, "share of steps in which the lr falls; DALL-E: 1.2M of 3M", (0, 1)] = 0.4
-    encoder_lr: Annotated[float, "lr of the encoder, over --lr; slow keeps codes in use", (0, 1)] = 1.0
-    init_codes: Annotated[bool, "start codes at patches of training images, not at random as DALL-E"] = True
-    ema: Annotated[float, "decay of the moving average of the weights, which is kept", (0, 1)] = 0.999
+    kl_ramp: Annotated[float, "beta rises from 0 in this share of the steps", (0, 1)] = 0.00167
+    temperature: Annotated[float, "final Gumbel-softmax temperature tau", (1e-6, 1)] = 0.0625
+    temperature_ramp: Annotated[float, "tau falls from 1 in this share of the steps", (0, 1)] = 0.05
+    lr_ramp: Annotated[float, "the learning rate falls in this share of the steps", (0, 1)] = 0.4
+    encoder_lr: Annotated[float, "the encoder's lr is this times --lr; slow keeps codes in use", (0, 1)] = 1.0
+    init_codes: Annotated[bool, "start with codes at patches of training images; DALL-E: random"] = False
+    ema: Annotated[float, "decay of the moving average of the weights, which is saved", (0, 1)] = 0.999
     crop_scale: Annotated[float, "smallest share of an image's area in a random crop", (1e-6, 1)] = 0.08
     jitter: Annotated[float, "brightness, contrast and saturation vary by this share", (0, 1)] = 0.0
     eval_every: Annotated[int, "steps between two evaluations on held-out images", (1, inf)] = 10_000
@@ -209,19 +217,20 @@ class Config(training.RunConfig):
                              f"not {self.image_size}")
 
 
-# base: DALL-E's appendix A. The others are ours; demo and demo-8192 take minutes on a CPU. What keeps codes
-# in use: initialise_codes starts with all in use, a slow encoder (encoder_lr) does not move features away
-# from them, and the KL term pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
-SHORT = dict(lr=4e-3, warmup=0.1, weight_decay=1e-4, clip_grad=1.0, image_size=32, hidden=32, groups=3,
-             blocks_per_group=1, kl_ramp=0.3, temperature_ramp=0.6, lr_ramp=1.0, log_every=1, save_every=100)
+# base is DALL-E's appendix A; its ramps are 5,000, 150,000 and 1.2M of 3M steps. The others are ours; demo
+# and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes starts with all in use, a
+# slow encoder (encoder_lr) does not move features away from them, and the KL term pulls q towards the uniform
+# distribution. Measurements: docs/tokenizer.md.
+OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, temperature_ramp=0.6,
+            lr_ramp=1.0, init_codes=True)
+DEMO = dict(**OURS, lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
 PRESETS = {
-    "demo": {**SHORT, "epochs": 0.64, "batch_size": 16, "min_lr": 4e-5, "vocab_size": 1024, "kl_weight": 3.0,
-             "encoder_lr": 0.1, "ema": 0.98, "crop_scale": 0.3, "eval_every": 500},
-    "demo-8192": {**SHORT, "steps": 2800, "batch_size": 8, "min_lr": 2e-5, "kl_weight": 0.5,
-                  "encoder_lr": 0.05, "ema": 0.99, "crop_scale": 0.6, "eval_every": 1400},
-    "small": dict(steps=20_000, batch_size=128, lr=1e-3, min_lr=1e-5, warmup=0.02, weight_decay=1e-4,
-                  clip_grad=1.0, hidden=64, blocks_per_group=1, kl_weight=1.0, kl_ramp=0.3,
-                  temperature_ramp=0.6, encoder_lr=0.1, lr_ramp=1.0, eval_every=1000),
+    "demo": dict(**DEMO, epochs=0.64, batch_size=16, min_lr=4e-5, vocab_size=1024, kl_weight=3.0,
+                 encoder_lr=0.1, ema=0.98, crop_scale=0.3, eval_every=500),
+    "demo-8192": dict(**DEMO, steps=2800, batch_size=8, min_lr=2e-5, kl_weight=0.5, encoder_lr=0.05, ema=0.99,
+                      crop_scale=0.6, eval_every=1400),
+    "small": dict(**OURS, steps=20_000, batch_size=128, lr=1e-3, min_lr=1e-5, warmup=0.02, hidden=64,
+                  kl_weight=1.0, encoder_lr=0.1, eval_every=1000),
     "base": dict(steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, warmup=0.0, weight_decay=1e-4,
                  clip_grad=0.0),
 }
@@ -229,14 +238,16 @@ PRESETS = {
 
 def perplexity(counts):
     """exp of the entropy of a histogram (V,): 1 if one code is used, V if all are used equally often."""
-    share = counts.double() / counts.sum()
-    return math.exp(-torch.special.xlogy(share, share).sum())
+    return torch.distributions.Categorical(counts.double()).perplexity().item()
 
 
 @torch.no_grad()
 def evaluate(model, batches, temperature, device):
-    """Errors on the held-out images of all processes, and code use. RGB in [0, 1]: mean squared error with
-    soft codes (softmax at this temperature) and hard ones (argmax), mean absolute error (Table 8)."""
+    """Measures errors and code use on the held-out images of all processes.
+
+    Errors are means over RGB in [0, 1]: squared with soft codes (softmax at this temperature), squared with
+    hard codes (argmax), and absolute with hard codes (Table 8).
+    """
     model.eval()
     counts, sums = torch.zeros(model.vocab_size, device=device), torch.zeros(4, device=device)
     for (images,) in batches:
@@ -259,13 +270,13 @@ def evaluate(model, batches, temperature, device):
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """Exponential moving average of the weights, in place; without a GPU synchronisation."""
+    """Exponential moving average of the weights, in place. swa_utils.AveragedModel would wait for the GPU."""
     for mean, new in zip(average.parameters(), model.parameters()):
         mean.lerp_(new, 1 - decay)
 
 
 def build_model(config, device):
-    """(DiscreteVAE, its optimizer) of a config."""
+    """Returns the DiscreteVAE of a config and its optimizer."""
     torch.manual_seed(config.seed)
     model = DiscreteVAE(config.vocab_size, config.hidden, config.groups, config.blocks_per_group)
     model.to(device, memory_format=torch.channels_last)
@@ -291,14 +302,16 @@ def train(config, device):
     parts = dict(model=model, average=average, optimizer=optimizer, scaler=precision.scaler)
     run.restore(**parts)
     if run.start == 0 and config.init_codes:
-        needed = math.ceil(2 * config.vocab_size * model.downsample ** 2 / config.image_size ** 2)
-        model.initialise_codes(data.to_float(*data.some_samples(views, needed, device)))
+        patches = (config.image_size // model.downsample) ** 2
+        needed = math.ceil(2 * config.vocab_size / patches)            # images with 2 V patches
+        model.initialise_codes(data.to_float(data.some_samples(views, needed)[0].to(device)))
         average.load_state_dict(model.state_dict())
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     batches = iter(data.train_loader(views, config, device, run.start, total))
-    channels_a_token = 3 * model.downsample ** 2                       # 192 in DALL-E
+    channels_per_token = 3 * model.downsample ** 2                     # 192 in DALL-E
     held_out_batches = partial(data.val_loader, val_views, config, device, images=512)
     training.say(f"tokenizer: {config.vocab_size} codes, {total} steps of {config.batch_size} images")
+    report = {}
     for step in run.progress("tokenizer"):
         training.seed_step(config.seed, step)
         lr = training.warmup_cosine(step, config.lr_ramp * total, config.lr, config.min_lr,
@@ -312,28 +325,33 @@ def train(config, device):
             with training.accumulating(network, part, config.accumulate):
                 with precision.autocast():
                     nll, kl, reconstruction = network(images, temperature)
-                loss = nll + beta / channels_a_token * kl              # beta = 1: -ELBO (Eq. 2)
+                loss = nll + beta / channels_per_token * kl            # Eq. 3, stage 1; beta = 1: -ELBO
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, nll, kl, (reconstruction - images).square().mean()]).detach()
-        loss, nll, kl, mse = run.exchange(step + 1, sums / config.accumulate)
+        loss, nll, kl, mse = run.all_reduce(step + 1, sums / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)
-        update_average(average, model, min(config.ema, (1 + step) / (10 + step)))    # first steps: shorter
+        update_average(average, model, min(config.ema, (1 + step) / (10 + step)))    # at first a short one
         report = {}
-        if (step + 1) % config.eval_every == 0 and step + 1 < total:
+        if (step + 1) % config.eval_every == 0 or step + 1 == total:
             report = evaluate(average, held_out_batches(), config.temperature, device)
         run.log(step + 1, loss=loss, nll=nll, kl=kl, mse=mse, lr=lr, grad_norm=grad_norm, kl_weight=beta,
                 temperature=temperature, **{f"val_{name}": value for name, value in report.items()})
-        run.end_of_step(step + 1, **parts)
+        run.save_or_stop(step + 1, **parts)
 
-    report = evaluate(average, held_out_batches(), config.temperature, device)
+    report = report or evaluate(average, held_out_batches(), config.temperature, device)    # killed before it
     training.say(f"tokenizer, held-out images: {training.in_words(report)}")
     run.finish(average, model.config, **report)
     if training.rank() == 0:
-        images = data.to_float(*data.some_samples(val_views, 12, device))
-        soft, hard = average(images, config.temperature).images, average.decode(average.tokenize(images))
-        rows = F.interpolate(torch.cat([images, soft, hard]), scale_factor=math.ceil(96 / config.image_size))
-        save_image(rows, run.folder / "tokenizer.png", nrow=len(images))
+        images = data.to_float(data.some_samples(val_views, 12)[0].to(device))
+        draw(average, images, config.temperature, run.folder / "tokenizer.png")
     return run.folder / "model.pt"
+
+
+def draw(model, images, temperature, path):
+    """Write a picture: images (n, 3, H, W) and their reconstructions from soft and hard codes."""
+    soft, hard = model(images, temperature).images, model.decode(model.tokenize(images))
+    rows = F.interpolate(torch.cat([images, soft, hard]), scale_factor=math.ceil(96 / images.shape[-1]))
+    save_image(rows, path, nrow=len(images))
 
 
 def main():

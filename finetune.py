@@ -1,7 +1,7 @@
 """Fine-tuning (sec. 2.6): classification and segmentation; and frozen features: linear probe, k-NN.
 
 `python finetune.py` fine-tunes what `python pretrain.py` left; `torchrun --nproc_per_node=16 finetune.py
---data FOLDER` is the paper's. B images of H W pixels, C classes, L blocks, D width.
+--data FOLDER` is the paper's. B images of H W pixels, C classes, L blocks, N patches, D width.
 """
 import dataclasses
 import math
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from torchvision.transforms import v2
 
 import data
 import training
+import visualize
 import vit
 import weights
 from training import UserError
@@ -31,60 +31,41 @@ from training import UserError
 class Config(training.RunConfig, vit.ViTConfig):
     """Flags of finetune.py."""
     task: Annotated[Literal["classification", "segmentation", "probe", "knn"],
-                    "probe: linear classifiers on each layer's frozen features; knn: neighbours by them"
-                    ] = "classification"
-    init: Annotated[str, "model.pt of pretrain.py or finetune.py, or a released checkpoint; none: from "
-                         "scratch; default: what `pretrain.py` left for the same --data"] = "none"
-    labels: Annotated[int | None, "train on so many labelled images, as many of each class; default: all",
-                      (1, inf)] = None
-    validate: Annotated[int | None, "evaluate on so many training images, kept from training, instead of the "
-                                    "held-out ones: to choose hyper-parameters by", (1, inf)] = None
+                    "probe, knn: of the frozen features of each layer"] = "classification"
+    init: Annotated[str, "model.pt or a released checkpoint; none: from scratch; default: what pretrain.py "
+                         "left for the same --data"] = "none"
+    labels: Annotated[int | None, "train on so many images, equally many of each class", (1, inf)] = None
+    validate: Annotated[int | None, "hold out so many training images instead, to tune by", (1, inf)] = None
     eval: Annotated[bool, "only evaluate --init; default: what the same command without --eval left"] = False
-    layer_decay: Annotated[float, "each layer's learning rate over that of the next; 0.65 base, 0.75 large "
-                                  "(appendix)", (1e-6, 1)] = 0.65
-    ema: Annotated[float, "decay of the weights' moving average, which is then evaluated and kept; 0 = none",
-                   (0, 0.999999)] = 0.0
-    label_smoothing: Annotated[float, "classification: share of the target that is spread over all classes",
-                               (0, 1)] = 0.1
-    crop_scale: Annotated[float, "classification: smallest share of an image's area in a random resized crop",
-                          (1e-6, 1)] = 0.08
-    randaugment: Annotated[float, "classification: magnitude of RandAugment, 0 = none", (0, 10)] = 9.0
-    mixup: Annotated[float, "classification: alpha of mixup, 0 = none", (0, inf)] = 0.8
-    cutmix: Annotated[float, "classification: alpha of cutmix, 0 = none; with both, each in half the steps",
-                      (0, inf)] = 1.0
-    erasing: Annotated[float, "classification: probability of erasing a rectangle", (0, 1)] = 0.25
-    eval_crop: Annotated[float, "classification: side of the evaluated square over the shorter side",
-                         (1e-6, 1)] = 0.875
+    layer_decay: Annotated[float, "learning rate of a layer over that of the next", (1e-6, 1)] = 0.65
+    ema: Annotated[float, "decay of the moving average of the weights, 0 = none", (0, 0.999999)] = 0.0
+    label_smoothing: Annotated[float, "share of the target spread over all classes", (0, 1)] = 0.1
+    crop_scale: Annotated[float, "smallest share of an image's area in a random crop", (1e-6, 1)] = 0.08
+    randaugment: Annotated[float, "magnitude of RandAugment, 0 = none", (0, 10)] = 9.0
+    mixup: Annotated[float, "alpha of mixup, 0 = none", (0, inf)] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix, 0 = none; with both, one at random", (0, inf)] = 1.0
+    erasing: Annotated[float, "probability of erasing a rectangle", (0, 1)] = 0.25
+    eval_crop: Annotated[float, "side of the evaluated square over the shorter side", (1e-6, 1)] = 0.875
     scale: Annotated[tuple[float, float], "segmentation: shorter side over image size, before the crop",
                      (1e-6, inf)] = (0.5, 2.0)
-    jitter: Annotated[float, "segmentation: brightness, contrast, saturation vary by it", (0, 1)] = 0.4
+    jitter: Annotated[float, "segmentation: contrast and saturation vary by this share, brightness by a "
+                             "quarter of it, hue by a tenth", (0, 1)] = 0.5
     window: Annotated[Literal["sliding", "whole"],
                       "segmentation: evaluate overlapping squares, or the whole image resized"] = "sliding"
-    decoder_dim: Annotated[int, "segmentation: width after one deconvolution, halved by each next",
-                           (1, inf)] = 256
+    decoder_dim: Annotated[int, "segmentation: width after the first deconvolution", (1, inf)] = 256
     neighbours: Annotated[int, "knn: how many of them vote", (1, inf)] = 20
-    checkpoint_blocks: Annotated[bool, "recompute blocks in the backward pass: slower, less memory"] = False
+    checkpoint_blocks: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = False
     eval_every: Annotated[int, "steps between two evaluations on held-out images", (1, inf)] = 10_000
 
     def __post_init__(self):
         super().__post_init__()
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale: two numbers above 0, the smaller first, not {self.scale[0]:g} "
-                             f"{self.scale[1]:g}")
-        if self.labels and self.task == "segmentation":
-            raise ValueError("labels: maps have no one class to balance; only with --task classification, "
-                             "probe or knn")
-        if self.init == "none" and (self.eval or self.task in ("probe", "knn")):
-            raise ValueError(f"init: none leaves nothing to {'evaluate' if self.eval else 'look at'}; a "
-                             f"model.pt of pretrain.py would do")
-        if self.task in ("probe", "knn") and self.preset not in (None, "probe", "knn"):
-            raise ValueError(f"preset: --task {self.task} has its own, not {self.preset}; leave it out")
-        if self.epochs and self.task in ("probe", "knn"):
-            raise ValueError(f"epochs: not used with --task {self.task}, which takes --steps")
-        if self.eval and self.task in ("probe", "knn"):
-            raise ValueError(f"eval: only with --task classification or segmentation, not {self.task}")
-        if self.image_hw[0] != self.image_hw[1]:
-            raise ValueError(f"image_size: a square here, not {self.image_hw[0]} x {self.image_hw[1]}")
+        frozen = self.task in ("probe", "knn")
+        vit.check(self.scale[0] <= self.scale[1], f"scale: the smaller number first, not {self.scale}")
+        vit.check(not (self.labels and self.task == "segmentation"), "labels: not with --task segmentation")
+        vit.check(self.init != "none" or not (self.eval or frozen),
+                  "init: none leaves nothing to evaluate; a model.pt would do")
+        vit.check(not (self.eval and frozen), "eval: only with --task classification or segmentation")
+        vit.check(self.image_hw[0] == self.image_hw[1], f"image_size: a square here, not {self.image_size}")
 
 
 def size(name):
@@ -92,37 +73,72 @@ def size(name):
     return {field: getattr(vit.PRESETS[name], field) for field in ("dim", "depth", "heads")}
 
 
-# Appendix, "fine-tuning": the learning rates are from its range 2e-3 ... 5e-3. The paper says "10 % of the
-# epochs, small lr" for 384; its numbers here, and those of the demos and probes, are ours.
+# Tables 13 and 14 and appendix D; learning rates are from their ranges. For 384 the paper says "10 % of the
+# epochs, small lr"; those numbers, and the demos', are ours.
 IMAGENET = dict(epochs=100.0, batch_size=1024, lr=4e-3, min_lr=1e-6, warmup=0.2, clip_grad=0.0)
 LARGE = {**IMAGENET, **size("large"), "epochs": 50.0, "lr": 2e-3, "warmup": 0.1, "layer_decay": 0.75,
          "drop_path": 0.2}
 AT_384 = dict(image_size=384, epochs=10.0, batch_size=512, lr=2e-5, layer_decay=0.85, eval_crop=1.0)
 ADE20K = dict(image_size=512, steps=160_000, batch_size=16, lr=1e-3, min_lr=0.0, warmup=1500 / 160_000,
               clip_grad=0.0)
-DEMO = dict(batch_size=32, min_lr=1e-6, warmup=0.1, image_size=64, patch_size=8, dim=128, depth=4, heads=4,
-            drop_path=0.0, position="relative", layer_scale=0.1, save_every=100, log_every=1)
-PROBE = dict(steps=2000, batch_size=1024, lr=3e-3, min_lr=0.0, warmup=0.0, weight_decay=1e-3, log_every=100,
-             clip_grad=0.0, drop_path=0.0, eval_crop=1.0)
+NO_MIXING = dict(randaugment=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
+PROBE = dict(epochs=50.0, batch_size=1024, lr=4e-3, min_lr=0.0, warmup=0.0, weight_decay=1e-4, clip_grad=0.0,
+             label_smoothing=0.0, **NO_MIXING)
+DEMO = dict(batch_size=32, epochs=2.2, lr=3e-3, min_lr=1e-6, warmup=0.1, layer_decay=0.75, image_size=64,
+            patch_size=8, dim=128, depth=4, heads=4, drop_path=0.0, position="relative", layer_scale=0.1,
+            save_every=100, log_every=1, eval_every=500)
 PRESETS = {
-    "demo": {**DEMO, "epochs": 2.2, "lr": 3e-3, "layer_decay": 0.75, "crop_scale": 0.5, "randaugment": 0.0,
-             "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "eval_crop": 1.0, "eval_every": 500},
-    "tiny": {**IMAGENET, **size("tiny")},
-    "small": {**IMAGENET, **size("small")},
-    "base": {**IMAGENET, **size("base")},
-    "large": LARGE,
-    "base-384": {**IMAGENET, **size("base"), **AT_384},
-    "large-384": {**LARGE, **AT_384, "epochs": 5.0},
+    "demo": {**DEMO, **NO_MIXING, "crop_scale": 0.5, "eval_crop": 1.0},
+    "tiny": {**IMAGENET, **size("tiny")}, "small": {**IMAGENET, **size("small")},
+    "base": {**IMAGENET, **size("base")}, "large": LARGE,
+    "base-384": {**IMAGENET, **size("base"), **AT_384}, "large-384": {**LARGE, **AT_384, "epochs": 5.0},
     "intermediate": {**IMAGENET, **size("base"), "epochs": 30.0, "lr": 2e-5, "layer_decay": 0.85,
                      "mixup": 0.0, "cutmix": 0.0, "weight_decay": 1e-8},
-    "segmentation-demo": {**DEMO, "epochs": 2.2, "lr": 3e-3, "layer_decay": 0.75, "scale": (0.75, 1.5),
-                          "jitter": 0.0, "decoder_dim": 64, "eval_every": 500},
+    "segmentation-demo": {**DEMO, "scale": (0.75, 1.5), "jitter": 0.0, "decoder_dim": 64},
     **{f"segmentation-{name}": {**ADE20K, **size(name)} for name in ("tiny", "small", "base")},
     "segmentation-large": {**ADE20K, **size("large"), "drop_path": 0.2},
     "probe": PROBE,
-    "knn": PROBE,
+    "probe-demo": {**PROBE, "epochs": 6.0, "batch_size": 64, "lr": 1e-2, "crop_scale": 0.5, "eval_crop": 1.0,
+                   "log_every": 10, "save_every": 100},
 }
 
+
+def complete(preset, flags):
+    """For training.parse: the preset of the task, and the sizes that the checkpoint gives."""
+    task, data_name = flags.get("task", "classification"), Path(flags.get("data", "shapes")).resolve().name
+    if task in ("probe", "knn"):
+        preset = "probe-demo" if preset in ("demo", "probe-demo") else "probe"
+    elif task == "segmentation" and f"segmentation-{preset}" in PRESETS:
+        preset = f"segmentation-{preset}"
+    if task == "segmentation" and not preset.startswith(task):
+        raise UserError(f"--preset: demo, tiny, small, base or large with --task segmentation, not {preset}")
+    out = f"runs/finetune-{data_name}" + ("" if task == "classification" else f"-{task}")
+    left, script = f"runs/pretrain-{data_name}/model.pt", "pretrain.py"
+    if flags.get("eval"):
+        left, script = f"{flags.get('out', out)}/model.pt", f"finetune.py --task {task}"
+    values = {"out": out, "init": flags.get("init", left)}
+    if values["init"] == "none":
+        return preset, values
+    if "init" not in flags and not Path(left).is_file():
+        raise UserError(f"--init: {left} is not there; `python {script}` with the same --data makes it, "
+                        "--init FILE names another, --init none trains from scratch")
+    try:
+        state, info = weights.load(values["init"])
+    except ValueError as error:
+        raise UserError(f"--init: {error}") from None
+    sizes = ["patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "position", "layer_scale",
+             "pixel_mean", "pixel_std"]
+    if preset.endswith("demo") or "image_size" not in PRESETS[preset] or flags.get("eval"):
+        sizes.append("image_size")
+    values |= {name: getattr(info["config"], name) for name in sizes}
+    if values["position"] == "shared_relative" and not flags.get("eval") and task not in ("probe", "knn"):
+        values["position"] = "relative"                                # as released: a table for each block
+    if flags.get("eval") and "decoder.0.weight" in state:
+        values["decoder_dim"] = state["decoder.0.weight"].shape[1]
+    return preset, values
+
+
+# ---- What is to be learned ----
 
 def labels_of(source):
     """The labels of all samples as an array, without opening a file."""
@@ -152,86 +168,70 @@ def few_labels(source, count, classes, seed):
     return Subset(source, sorted(chosen))
 
 
-def complete(preset, flags):
-    """For training.parse: the preset of the task, and values that the checkpoint and the task give."""
-    task, name = flags.get("task", "classification"), Path(flags.get("data", "shapes")).resolve().name
-    if task in ("probe", "knn"):
-        preset = flags.get("preset", task)
-    elif f"{task}-{preset}" in PRESETS:
-        preset = f"{task}-{preset}"
-    elif task == "segmentation" and preset in PRESETS and not preset.startswith("segmentation-"):
-        fits = ", ".join(name.removeprefix("segmentation-") for name in PRESETS
-                         if name.startswith("segmentation-"))
-        raise UserError(f"--preset: one of {fits} with --task segmentation, not {preset}")
-    folder = f"runs/finetune-{name}" + ("" if task == "classification" else f"-{task}")
-    left, maker = f"runs/pretrain-{name}/model.pt", "pretrain.py"
-    if flags.get("eval"):
-        left, maker = f"{flags.get('out', folder)}/model.pt", "finetune.py"
-    more = {"out": folder, "init": flags.get("init", left)}
-    if more["init"] == "none":
-        return preset, more
-    if "init" not in flags and not Path(left).is_file():
-        shared = "".join(f" --{flag.replace('_', '-')} {flags[flag]}"
-                         for flag in ("task", "data", "data_root") if flag in flags
-                         and (flag != "task" or flags.get("eval")))
-        otherwise = "" if flags.get("eval") else ", or --init none trains from scratch"
-        raise UserError(f"--init: {left} is not there; `python {maker}{shared}` makes it, or --init "
-                                 f"FILE names another{otherwise}")
-    try:
-        state, info = weights.load(more["init"])
-        config = info["config"]
-    except ValueError as error:
-        raise UserError(f"--init: {error}") from None
-    for field in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "position",
-                  "layer_scale", "pixel_mean", "pixel_std"):
-        more[field] = getattr(config, field)
-    trains = task in ("classification", "segmentation") and not flags.get("eval")
-    if config.position == "shared_relative" and trains:
-        more["position"] = "relative"    # as released: a copy of the table for each block
-    if "image_size" not in PRESETS[preset] or flags.get("eval") or preset.endswith("demo"):
-        more["image_size"] = config.image_hw[0]
-    if flags.get("eval") and task == "segmentation" and "decoder.0.weight" in state:
-        more["decoder_dim"] = state["decoder.0.weight"].shape[1]
-    return preset, more
-
-
-# ---- What is to be learned ----
-
 def open_views(config):
     """(training, held-out) data.Labelled for the config's task, and the names of the classes."""
-    source, held_out = data.open_labelled(config.data, config.data_root, maps=config.task == "segmentation")
+    maps = config.task == "segmentation"
+    source, held_out = data.open_labelled(config.data, config.data_root, maps=maps)
     classes = list(source.classes)
     if config.validate:
         source, held_out = split_off(source, config.validate)
     if config.labels:
         source = few_labels(source, config.labels, classes, config.seed)
-    transforms = []
-    for train in (True, False):
-        if config.task == "segmentation":
-            transforms.append(data.segmentation_transform(config.image_size, train=train, scale=config.scale,
-                                                          jitter=config.jitter))
+
+    def views_of(source, train):
+        if maps:
+            transform = data.segmentation_transform(config.image_size, train=train, scale=config.scale,
+                                                    jitter=config.jitter)
         else:
-            transforms.append(data.classification_transform(
-                config.image_size, train=train and config.task == "classification",
-                crop_scale=config.crop_scale, randaugment=config.randaugment, erasing=config.erasing,
-                eval_crop=config.eval_crop))
-    views, val_views = (data.Labelled(images, transform, config.seed)
-                        for images, transform in zip((source, held_out), transforms))
-    return views, val_views, classes
+            transform = data.classification_transform(
+                config.image_size, train=train, crop_scale=config.crop_scale, erasing=config.erasing,
+                randaugment=config.randaugment, eval_crop=config.eval_crop)
+        return data.Labelled(source, transform, config.seed)
+    return views_of(source, train=config.task != "knn"), views_of(held_out, train=False), classes
+
+
+class LinearProbe(vit.VisionTransformer):
+    """Linear classifiers on the frozen features of each layer (appendix D), all trained at once.
+
+    Features: the mean of a layer's patches, and [S], each normalised to mean 0 and variance 1.
+    """
+
+    def __init__(self, config, num_classes):
+        super().__init__(dataclasses.replace(config, drop_path=0.0))
+        self.requires_grad_(False)
+        probes = 2 * config.depth
+        self.head = nn.Conv1d(probes * config.dim, probes * num_classes, 1, groups=probes)    # each its own
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        """images (B, 3, H, W) in [0, 1]. Returns logits (B, C, L, 2); in the last axis patches, then [S]."""
+        with torch.no_grad():
+            features = pool(self.hidden_states(images))                # (B, L, 2, D)
+            features = F.layer_norm(features, features.shape[-1:])
+        logits = self.head(features.flatten(1)[..., None])             # (B, L 2 C, 1)
+        return logits.view(*features.shape[:3], -1).movedim(-1, 1)
+
+
+def pool(states):
+    """Features of each layer, the mean of the patches and [S]: L of (B, 1+N, D) -> (B, L, 2, D)."""
+    return torch.stack([torch.stack([h[:, 1:].mean(dim=1), h[:, 0]], dim=1) for h in states], dim=1)
 
 
 def build_model(config, classes):
     """The model of the task, from --init or from scratch. UserError for --eval without a trained head."""
     if config.task == "segmentation":
         model = vit.SemanticSegmenter(config.backbone, len(classes), config.decoder_dim)
+    elif config.task == "probe":
+        model = LinearProbe(config.backbone, len(classes))
     else:
         model = vit.ImageClassifier(config.backbone, len(classes))
     if config.init != "none":
         new = weights.initialise(model, config.init, classes)
         if config.eval and any(name.startswith(weights.HEADS) for name in new):
             raise UserError(f"--eval: {config.init} has no head for --task {config.task} with these "
-                                     f"{len(classes)} classes; a model.pt that finetune.py left for the same "
-                                     f"--task and --data has")
+                            f"{len(classes)} classes; a model.pt of finetune.py for the same --task and "
+                            "--data has one")
     model.checkpoint_blocks = config.checkpoint_blocks
     return model
 
@@ -253,53 +253,78 @@ def warmup_linear(step, total, peak, end, warmup_steps):
 
 
 def loss_of(logits, targets, label_smoothing=0.0):
-    """Cross-entropy in nats.
+    """Cross-entropy in nats, mean over images, and over probes if logits are (B, C, L, 2).
 
-    Classification: logits (B, C), targets (B,) or shares (B, C), mean over images. Segmentation: logits
-    (B, C, H, W), targets (B, H, W) with data.IGNORE, mean over the pixels that count (0 if none does).
+    targets: classes (B,), or shares of classes (B, C). Or class maps (B, H, W) and logits (B, C, H, W): the
+    mean over the pixels that are not data.IGNORE, 0 if there are none.
     """
-    if logits.dim() == 4:
+    if targets.dim() == 3:
         targets = targets.long()
         total = F.cross_entropy(logits.float(), targets, ignore_index=data.IGNORE, reduction="sum")
         return total / (targets != data.IGNORE).sum().clamp(min=1)
+    if logits.dim() == 4:
+        targets = for_each_probe(targets, logits)
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
-# ---- Evaluation ----
+def for_each_probe(labels, logits):
+    """labels (B,) repeated for logits (B, C, L, 2): (B, L, 2); for logits (B, C) as they are."""
+    return labels.view(-1, *[1] * (logits.dim() - 2)).expand(-1, *logits.shape[2:])
 
-@torch.no_grad()
-def evaluate(model, views, classes, config, precision, device):
-    """Over all held-out images, each counted once whatever the number of processes.
 
-    Classification: loss (nats, mean over images), top1 and top5 accuracy. Segmentation: loss (mean over
-    pixels), and what segmentation_scores gives.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for images, targets in held_out_batches(views, config, device):
-        images, targets = data.to_float(images.to(device)), targets.to(device)
-        if config.task == "segmentation":
-            logits, counted = segment(model, images, config.window, precision), (targets != data.IGNORE).sum()
-            confusion += confusion_matrix(logits.argmax(1), targets, classes)
-            right = torch.zeros(2, device=device)
-        else:
-            with precision.autocast():
-                logits, counted = model(images).float(), torch.tensor(len(images), device=device)
-            ranked = logits.topk(min(5, classes)).indices == targets[:, None]    # (B, 5)
-            right = torch.stack([ranked[:, 0].sum(), ranked.sum()])
-        sums += torch.cat([torch.stack([loss_of(logits, targets) * counted, counted]), right])
-    training.all_sum(confusion)
-    loss, images, top1, top5 = training.all_sum(sums).tolist()
-    if config.task == "segmentation":
-        return {"loss": loss / max(1, images), **segmentation_scores(confusion)}
-    return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
-
+# ---- Evaluation: every held-out image is counted once, whatever the number of processes ----
 
 def held_out_batches(views, config, device):
-    """This process's share of all held-out images, one by one where each has its own size."""
+    """This process's share of all images, one by one where each has its own size."""
     alone = isinstance(getattr(views.source, "dataset", views.source), data.Segmentation)
     return data.val_loader(views, config, device, batch_size=1 if alone else 64)
+
+
+@torch.no_grad()
+def evaluate_labels(model, views, config, precision, device):
+    """loss (nats, mean over images), top1 and top5 accuracy. With --task probe: top1_by_layer, the best top1
+    of the patches' probes, and its layer, counted from 1."""
+    model.eval()
+    probes = (config.depth, 2) if config.task == "probe" else ()
+    sums = torch.zeros(4, *probes, dtype=torch.float64, device=device)
+    for images, labels in held_out_batches(views, config, device):
+        images, labels = data.to_float(images.to(device)), labels.to(device)
+        with precision.autocast():
+            logits = model(images).float()                             # (B, C), or (B, C, L, 2)
+        labels = for_each_probe(labels, logits)
+        losses = F.cross_entropy(logits, labels, reduction="none").sum(0)
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]    # (B, 5, ...)
+        counts = torch.full_like(losses, len(images))
+        sums += torch.stack([losses, counts, right[:, 0].sum(0), right.sum((0, 1))])
+    loss, images, top1, top5 = training.all_sum(sums)
+    loss, top1, top5 = ((value / images).cpu() for value in (loss, top1, top5))
+    if not probes:
+        return {"loss": loss.item(), "top1": top1.item(), "top5": top5.item()}
+    best, layer = top1[:, 0].max(dim=0)
+    return {"top1": best.item(), "layer": layer.item() + 1, **by_layer(top1)}
+
+
+def by_layer(accuracy):
+    """accuracy (L, 2) as an entry of result.json."""
+    return {"top1_by_layer": {"patches": accuracy[:, 0].tolist(), "[S]": accuracy[:, 1].tolist()}}
+
+
+@torch.no_grad()
+def evaluate_maps(model, views, config, precision, device):
+    """loss (nats, mean over pixels), and what segmentation_scores gives."""
+    model.eval()
+    classes = model.head.out_channels
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)          # pixels can be more than 2 ** 24
+    for images, maps in held_out_batches(views, config, device):
+        images, maps = data.to_float(images.to(device)), maps.to(device)
+        logits = segment(model, images, config.window, precision)
+        confusion += confusion_matrix(logits.argmax(1), maps, classes)
+        pixels = (maps != data.IGNORE).sum()
+        sums += torch.stack([loss_of(logits, maps) * pixels, pixels])
+    training.all_sum(confusion)
+    loss, pixels = training.all_sum(sums).tolist()
+    return {"loss": loss / max(1, pixels), **segmentation_scores(confusion)}
 
 
 def confusion_matrix(predictions, truth, classes):
@@ -354,47 +379,42 @@ def window_starts(length, size):
 def train(config, device):
     """Do the task in the folder config.out, or continue there: images -> mixing -> logits -> loss -> step.
 
-    Leaves metrics.jsonl, last.pt, model.pt, result.json and predict.png or segments.png; with probe and knn
-    result.json, features.pt and layers.png. UserError, before anything is written, for data or an --init that
-    do not fit.
+    Leaves metrics.jsonl, last.pt, model.pt, result.json and a picture: predictions.png, segments.png or
+    layers.png. UserError, before anything is written, for data or an --init that do not fit.
     """
     views, val_views, classes = open_views(config)
-    if config.task in ("probe", "knn"):
-        return probe(config, device, views, val_views, len(classes))
     precision = training.Precision(config.precision, device)
-    if config.eval:
-        model = build_model(config, classes).to(device)
-        report = evaluate(model, val_views, len(classes), config, precision, device)
-        return training.say(f"{len(val_views)} held-out images: {in_words(report)}")
-
-    total, per_epoch = training.steps_and_epoch(config, len(views))
+    if config.task == "knn":
+        return knn(config, device, views, val_views, len(classes), precision)
     torch.manual_seed(config.seed)
     model = build_model(config, classes).to(device)
+    evaluate = evaluate_maps if config.task == "segmentation" else evaluate_labels
+    if config.eval:
+        report = evaluate(model, val_views, config, precision, device)
+        return training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+    total, per_epoch = training.steps_and_epoch(config, len(views))
     run = training.Run(config, device, total)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    groups = training.parameter_groups(model, config.weight_decay, config.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler, **({"ema": ema} if ema else {}))
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, config.weight_decay, config.layer_decay),
+                                  fused=True)
+    parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
+    if config.ema:
+        parts["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    kept = parts["ema"].module if config.ema else model                # evaluated, and written to model.pt
     run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     batches = iter(data.train_loader(views, config, device, run.start, total))
     mix = mixing(config, len(classes))
     schedule = warmup_linear if config.task == "segmentation" else training.warmup_cosine
-
-    def evaluation():
-        return evaluate(ema.module if ema else model, val_views, len(classes), config, precision, device)
-
-    training.say(f"{config.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-                 f"{len(classes)} classes, {len(views)} images, {len(val_views)} held out; {total} steps of "
-                 f"{config.batch_size} images, {total / per_epoch:.3g} epochs, peak lr {config.lr:g}, "
-                 f"{training.world_size()} x {device}, {str(precision.dtype).removeprefix('torch.')}")
+    training.say(f"{config.task}: {len(classes)} classes, {len(views)} images, {len(val_views)} held out; "
+                 f"{total} steps of {config.batch_size}, {total / per_epoch:.3g} epochs, peak lr "
+                 f"{config.lr:g}; {training.world_size()} x {device}, {precision.dtype}")
     report = {}
     for step in run.progress("finetune"):
         training.seed_step(config.seed, step)
-        lr = training.set_lr(optimizer, schedule(step, total, config.lr, config.min_lr,
-                                                 config.warmup * total))
+        lr = schedule(step, total, config.lr, config.min_lr, config.warmup * total)
+        training.set_lr(optimizer, lr)
         model.train()
         loss_sum = torch.zeros(1, device=device)
         for part in range(config.accumulate):
@@ -402,249 +422,134 @@ def train(config, device):
             images, targets = mix(data.to_float(images), targets)
             with training.accumulating(network, part, config.accumulate):
                 with precision.autocast():
-                    logits = network(images)    # (B, C), or (B, C, H, W)
+                    logits = network(images)                           # (B, C), (B, C, H, W) or (B, C, L, 2)
                 loss = loss_of(logits, targets, config.label_smoothing)
                 precision.backward(loss / config.accumulate)
             loss_sum += loss.detach()
-        loss, = run.exchange(step + 1, loss_sum / config.accumulate)
+        loss, = run.all_reduce(step + 1, loss_sum / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)
-        if ema:
-            ema.update_parameters(model)
-        report = evaluation() if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
+        if config.ema:
+            parts["ema"].update_parameters(model)
+        report = {}
+        if (step + 1) % config.eval_every == 0 or step + 1 == total:
+            report = evaluate(kept, val_views, config, precision, device)
         run.log(step + 1, loss=loss, lr=lr, grad_norm=grad_norm,
-                **{f"val_{name}": value for name, value in report.items() if name != "iou"})
-        run.end_of_step(step + 1, **parts)
+                **{f"val_{name}": value for name, value in numbers(report).items()})
+        run.save_or_stop(step + 1, **parts)
 
-    model = ema.module if ema else model
-    report = report or evaluation()    # a run that was killed after its last step
+    report = report or evaluate(kept, val_views, config, precision, device)    # killed after the last step
     training.say(f"{len(val_views)} held-out images: {in_words(report)}")
     if "iou" in report:
-        report["iou"] = {name: None if math.isnan(value) else value
+        report["iou"] = {name: value if math.isfinite(value) else None
                          for name, value in zip(classes, report["iou"])}
+    run.finish(kept, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
     if training.rank() == 0:
-        draw, name = draw_predictions, "predict.png"
-        if config.task == "segmentation":
-            draw, name = draw_segments, "segments.png"
-        figure = draw(*pictures(model, val_views, config, precision, device), classes)
-        figure.savefig(run.folder / name, dpi=100)
-    run.finish(model, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
+        draw(kept, val_views, classes, report, config, precision, device)
+
+
+def numbers(report):
+    """The entries of an evaluation that are single numbers."""
+    return {name: value for name, value in report.items() if isinstance(value, (int, float))}
 
 
 def in_words(report):
-    """An evaluation on one line, without the IoU of each class."""
-    return training.in_words({name: value for name, value in report.items() if name != "iou"})
-
-
-# ---- Without fine-tuning: linear probe and k-NN ----
-
-POOLED = ("patches", "[S]")    # what stands for an image: the mean of its patch tokens, or the special token
-
-
-def probe(config, device, views, val_views, classes):
-    """--task probe and knn: test accuracy of linear classifiers, or of k nearest neighbours, on the frozen
-    features of each layer. Leaves features.pt, layers.png and result.json."""
-    run = training.Run(config, device, config.steps)
-    if run.finished:
-        return training.say(f"{run.folder} is finished; --fresh starts over")
-    features = frozen_features(config, device, views, val_views, run.folder)
-    if config.task == "knn":
-        accuracy = knn_accuracy(*features, classes, config.neighbours)
-    else:
-        accuracy = linear_accuracy(*features, classes, config)
-    table = {pooled: accuracy[:, i].tolist() for i, pooled in enumerate(POOLED)}
-    training.say("layer  " + "  ".join(f"{pooled:>7}" for pooled in POOLED))
-    for layer, row in enumerate(accuracy.tolist(), start=1):
-        training.say(f"{layer:5}  " + "  ".join(f"{value:7.4f}" for value in row))
-    best, layer = accuracy[:, 0].max(0)
-    training.say(f"{config.task}, {len(val_views)} held-out images: {best:.4f} on the mean of layer "
-                 f"{layer + 1}'s patches")
-    if training.rank() == 0:
-        draw_layers(table, config).savefig(run.folder / "layers.png", dpi=100)
-        result = {"top1": best.item(), "layer": layer.item() + 1, "top1_by_layer": table}
-        training.write_json(run.folder / "result.json", result)
+    """An evaluation on one line."""
+    return training.in_words(numbers(report))
 
 
 @torch.no_grad()
-def frozen_features(config, device, views, val_views, folder):
-    """(features, labels, held-out features, held-out labels): (n, L, 2, D), pooled as POOLED, and (n,).
-
-    Standardised by the mean and deviation over the training images. Kept, before that, in features.pt.
-    """
-    kept = folder / "features.pt"
-    if not training.on_first_process(kept.exists):
-        model = vit.VisionTransformer(config.backbone)
-        weights.initialise(model, config.init)
-        model.to(device).eval()
-        precision = training.Precision(config.precision, device)
-        extracted = [extract(model, images, config, precision, device) for images in (views, val_views)]
-        training.on_first_process(
-            lambda: training.write_atomically(kept, lambda file: torch.save(extracted, file)))
-    (features, labels), (test_features, test_labels) = torch.load(kept, map_location="cpu", weights_only=True)
-    features, test_features = features.to(device).float(), test_features.to(device).float()
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    return (features - mean) / std, labels.to(device), (test_features - mean) / std, test_labels.to(device)
-
-
-def extract(model, views, config, precision, device):
-    """features (n, L, 2, D) fp16 and labels (n,) of all images, in order, from all processes; on the CPU."""
-    features, labels = [], []
-    for images, targets in held_out_batches(views, config, device):
-        with precision.autocast():
-            states = model.hidden_states(data.to_float(images.to(device)))    # L of (B, 1+N, D)
-        pooled = [torch.stack([h[:, 1:].float().mean(1), h[:, 0].float()], 1) for h in states]
-        features.append(torch.stack(pooled, 1).half().cpu())
-        labels.append(targets)
-    mine = torch.cat(features), torch.cat(labels)
-    if not dist.is_initialized():
-        return mine
-    parts = [None] * training.world_size()
-    dist.all_gather_object(parts, mine)
-    whole = [torch.empty(len(views), *part.shape[1:], dtype=part.dtype) for part in mine]
-    for rank, part in enumerate(parts):    # images were dealt out in turn
-        for kind in range(2):
-            whole[kind][rank::len(parts)] = part[kind]
-    return whole
-
-
-def linear_accuracy(features, labels, test_features, test_labels, classes, config):
-    """Test accuracy (L, 2) of a linear classifier for each layer and pooling, trained on the same batches.
-
-    features (n, L, 2, D), labels (n,). AdamW with a cosine schedule.
-    """
-    n, layers, pooled, dim = features.shape
-    weight = torch.zeros(layers, pooled, dim, classes, device=features.device, requires_grad=True)
-    bias = torch.zeros(layers, pooled, classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight, bias], weight_decay=config.weight_decay, fused=True)
-    rng = np.random.default_rng(config.seed)
-
-    def logits(x):
-        return torch.einsum("nlpd,lpdc->nlpc", x, weight) + bias    # (n, L, 2, C)
-
-    for step in range(config.steps):
-        warmup_steps = config.warmup * config.steps
-        lr = training.warmup_cosine(step, config.steps, config.lr, config.min_lr, warmup_steps)
-        optimizer.param_groups[0]["lr"] = lr
-        chosen = torch.from_numpy(rng.choice(n, min(n, config.batch_size), replace=False)).to(features.device)
-        out = logits(features[chosen])
-        truth = labels[chosen][:, None, None].expand(out.shape[:3])
-        loss = F.cross_entropy(out.permute(0, 3, 1, 2), truth, reduction="sum")
-        (loss / len(chosen)).backward()    # a sum over layers, which do not touch each other
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        right = [logits(some).argmax(-1) == some_labels[:, None, None]
-                 for some, some_labels in zip(test_features.split(4096), test_labels.split(4096))]
-    return torch.cat(right).float().mean(0).cpu()
-
-
-def knn_accuracy(features, labels, test_features, test_labels, classes, neighbours, temperature=0.07):
-    """Test accuracy (L, 2) of weighted k nearest neighbours. features (n, L, 2, D), labels (n,).
-
-    The most similar training images (cosine) vote for their class with weight exp(similarity / temperature).
-    """
-    accuracy = torch.zeros(features.shape[1:3])
-    votes_for = F.one_hot(labels, classes).float()
-    for layer in range(features.shape[1]):
-        for pooled in range(features.shape[2]):
-            known = F.normalize(features[:, layer, pooled], dim=-1)
-            right = 0
-            for some, truth in zip(test_features[:, layer, pooled].split(1024), test_labels.split(1024)):
-                similarities = F.normalize(some, dim=-1) @ known.t()
-                similarity, nearest = similarities.topk(min(neighbours, len(known)))    # (n, k)
-                votes = (votes_for[nearest] * (similarity / temperature).exp()[..., None]).sum(1)    # (n, C)
-                right += (votes.argmax(-1) == truth).sum()
-            accuracy[layer, pooled] = right / len(test_labels)
-    return accuracy
-
-
-# ---- Pictures ----
-
-@torch.no_grad()
-def pictures(model, views, config, precision, device, count=12):
-    """(images, targets, softmax over classes) of the first held-out images: lists of count tensors."""
-    model.eval()
-    images, targets, shares = [], [], []
-    for index in range(min(count, len(views))):
-        image, target = views[0, index]
-        image = data.to_float(image[None].to(device))
+def draw(model, views, classes, report, config, precision, device):
+    """Write the picture of a finished task: predictions for the first held-out images, or probes by layer."""
+    folder = Path(config.out)
+    if "top1_by_layer" in report:
+        lines = {"mean of patches": report["top1_by_layer"]["patches"], "[S]": report["top1_by_layer"]["[S]"]}
+        title = "linear probe" if config.task == "probe" else f"{config.neighbours} nearest neighbours"
+        figure = visualize.figure_by_layer({title: lines}, "accuracy on held-out images")
+        return figure.savefig(folder / "layers.png")
+    images, targets = zip(*[views[0, index] for index in range(min(12, len(views)))])
+    images, probabilities = [data.to_float(image) for image in images], []
+    for image in images:
+        image = image[None].to(device)
         if config.task == "segmentation":
             logits = segment(model, image, config.window, precision)
         else:
             with precision.autocast():
                 logits = model(image).float()
-        images.append(image[0].cpu())
-        targets.append(target)
-        shares.append(logits.softmax(1)[0].cpu())
-    return images, targets, shares
+        probabilities.append(logits[0].softmax(dim=0).cpu())
+    if config.task == "segmentation":
+        predicted = [share.argmax(0) for share in probabilities]
+        return visualize.figure_segments(images, targets, predicted, classes).savefig(folder / "segments.png")
+    visualize.figure_classes(images, targets, probabilities, classes).savefig(folder / "predictions.png")
 
 
-def draw_predictions(images, labels, shares, classes, columns=4):
-    """A figure of images (3, H, W) beside bars of their three most likely classes; the right one is dark."""
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(3.4 * columns, 1.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for i, (image, label, share) in enumerate(zip(images, labels, shares)):
-        picture, bars = axes[i // columns][i % columns * 2:i % columns * 2 + 2]
-        picture.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        picture.set_title(classes[label], fontsize=9)
-        top = share.topk(min(3, len(classes)))
-        places = range(len(top.indices), 0, -1)
-        bars.barh(places, top.values.numpy(), height=0.5,
-                  color=["tab:blue" if k == label else "lightsteelblue" for k in top.indices.tolist()])
-        for place, k, value in zip(places, top.indices.tolist(), top.values.tolist()):
-            bars.text(0, place + 0.3, f"{classes[k]}  {value:.0%}", fontsize=8, va="bottom")
-        bars.set(xlim=(0, 1), ylim=(0.5, 4.1))
-    return figure
+# ---- k nearest neighbours on frozen features ----
+
+@torch.no_grad()
+def knn(config, device, views, val_views, num_classes, precision):
+    """--task knn: accuracy of weighted k nearest neighbours by the features of each layer.
+
+    Each process keeps the features of its share of the training images, in half precision. Leaves
+    result.json and layers.png.
+    """
+    run = training.Run(config, device, 0)
+    if run.finished:
+        return training.say(f"{run.folder} is finished; --fresh starts over")
+    model = vit.VisionTransformer(config.backbone)
+    weights.initialise(model, config.init)
+    model.to(device).eval()
+    memory = 2 * (len(views) + len(val_views)) * config.depth * 2 * config.dim
+    training.say(f"the features of {len(views)} images and {len(val_views)} held-out ones take "
+                 f"{memory / 1e9:.2f} GB")
+    features, labels = extract(model, views, config, precision, device)
+    test_features, test_labels = map(gather, extract(model, val_views, config, precision, device))
+    accuracy = torch.zeros(config.depth, 2, dtype=torch.float64)
+    for layer, kind in np.ndindex(config.depth, 2):
+        accuracy[layer, kind] = knn_accuracy(
+            features[:, layer, kind].to(device), labels.to(device), test_features[:, layer, kind].to(device),
+            test_labels.to(device), num_classes, config.neighbours)
+    best, layer = accuracy[:, 0].max(dim=0)
+    report = {"top1": best.item(), "layer": layer.item() + 1, **by_layer(accuracy)}
+    training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+    if training.rank() == 0:
+        training.write_json(run.folder / "result.json", report)
+        draw(model, val_views, (), report, config, precision, device)
 
 
-def draw_segments(images, maps, shares, classes, columns=2):
-    """A figure of images (3, H, W), their maps (H, W) and the predicted maps, with the classes that occur."""
-    predicted = [share.argmax(0) for share in shares]
-    occurring = sorted({int(k) for part in (*maps, *predicted) for k in part.unique()} - {data.IGNORE})
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(4.6 * columns, 1.55 * rows + 0.3 + 0.25 * math.ceil(len(occurring) / 6)),
-                    layout="constrained")
-    axes = figure.subplots(rows, 3 * columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    palette = class_colours()
-    for i, (image, truth, guess) in enumerate(zip(images, maps, predicted)):
-        three = axes[i // columns][i % columns * 3:i % columns * 3 + 3]
-        for axis, title, picture in zip(three, ("image", "truth", "prediction"),
-                                        (image.permute(1, 2, 0).numpy(), palette[truth.long().numpy()],
-                                         palette[guess.numpy()])):
-            axis.imshow(picture, interpolation="nearest")
-            if i < columns:
-                axis.set_title(title, fontsize=10)
-    handles = [axes[0][0].scatter([], [], marker="s", s=60, color=palette[k], label=classes[k])
-               for k in occurring]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
-    return figure
+def extract(model, views, config, precision, device):
+    """Features (n, L, 2, D) in half precision, and labels (n,), of this process's share of the images."""
+    features, labels = [], []
+    for images, targets in held_out_batches(views, config, device):
+        with precision.autocast():
+            pooled = pool(model.hidden_states(data.to_float(images.to(device))))
+        features.append(pooled.half().cpu())
+        labels.append(targets)
+    return torch.cat(features), torch.cat(labels)
 
 
-def class_colours():
-    """(256, 3) colours in [0, 1]: black for class 0, matplotlib's ten for the next; white for data.IGNORE."""
-    hues, rounds = np.arange(256) * 0.61803 % 1, np.arange(256) // 12 % 3
-    colours = np.stack([0.5 + 0.5 * np.cos(2 * np.pi * (hues + shift)) for shift in (0, 1 / 3, 2 / 3)], 1)
-    colours = colours * (1 - 0.25 * rounds[:, None]) + 0.1 * rounds[:, None]
-    colours[1:11] = colormaps["tab10"].colors
-    colours[0], colours[data.IGNORE] = 0, 1
-    return colours
+def gather(tensor):
+    """The tensors of all processes, one after the other along the first axis."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [None] * training.world_size()
+    dist.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts).to(tensor.device)
 
 
-def draw_layers(table, config):
-    """Accuracy by layer, for each pooling."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for pooled, values in table.items():
-        label = "mean of patches" if pooled == "patches" else pooled
-        axis.plot(range(1, len(values) + 1), values, "o-", label=label)
-    axis.set(xlabel="layer", ylabel="accuracy on held-out images", xticks=range(1, len(values) + 1),
-             title="linear probe" if config.task == "probe" else f"{config.neighbours} nearest neighbours")
-    axis.legend()
-    return figure
+def knn_accuracy(features, labels, test_features, test_labels, num_classes, neighbours, temperature=0.07):
+    """Accuracy of votes by the most similar training images (cosine), weighted exp(similarity / temperature).
+
+    features (n, D) and labels (n,): this process's share; test_features (m, D), test_labels (m,): all.
+    """
+    known, right = F.normalize(features.float(), dim=-1), 0
+    for some, truth in zip(test_features.split(1024), test_labels.split(1024)):
+        similarities = F.normalize(some.float(), dim=-1) @ known.t()
+        similarity, nearest = similarities.topk(min(neighbours, len(known)))
+        similarity, voters = gather(similarity.t()).t(), gather(labels[nearest].t()).t()    # of all processes
+        similarity, nearest = similarity.topk(min(neighbours, similarity.shape[1]))        # (m, k)
+        votes = torch.zeros(len(some), num_classes, device=some.device)
+        votes.scatter_add_(1, voters.gather(1, nearest), (similarity / temperature).exp())
+        right += (votes.argmax(dim=1) == truth).sum().item()
+    return right / len(test_labels)
 
 
 def main():

@@ -2,7 +2,7 @@
 
 `python pretrain.py` does everything on built-in data. The paper's run, with DALL-E's tokenizer:
 `torchrun --nproc_per_node=16 pretrain.py --data IMAGENET --tokenizer encoder.pkl`.
-B images, h w patches and visual tokens, V codes, M places to predict in the batch.
+A batch of B images has a grid of h x w patches and tokens each, and M patches to predict; V codes.
 """
 import dataclasses
 import math
@@ -30,12 +30,13 @@ from masking import blockwise_mask, random_mask
 class Config(training.RunConfig, vit.ViTConfig):
     """Flags of pretrain.py."""
     tokenizer: Annotated[str | None, "model.pt of dvae.py, or DALL-E's encoder.pkl beside its decoder.pkl; "
-                         "without, one is trained in <out>/tokenizer"] = None
-    tokenizer_preset: Annotated[Literal["demo", "small", "base"], "of dvae.py, without --tokenizer"] = "small"
-    tokenizer_steps: Annotated[int | None, "its steps; at most this run's if not given", (1, inf)] = None
+                         "if omitted, one is trained in <out>/tokenizer"] = None
+    tokenizer_preset: Annotated[Literal[tuple(dvae.PRESETS)], "of the tokenizer that is trained"] = "small"
+    tokenizer_steps: Annotated[int | None, "of its training; by default the preset's, or as many as this run",
+                               (1, inf)] = None
     masking: Annotated[Literal["blockwise", "random", "none"], "Algorithm 1, or as in Table 4"] = "blockwise"
-    mask_ratio: Annotated[float, "share of masked patches; at most 75 of 196 (sec. 2.5): 0.383", (0, 1)] = 0.4
-    exact_masks: Annotated[bool, "the same number in each image; --no-exact-masks: Algorithm 1"] = True
+    mask_ratio: Annotated[float, "share of masked patches; 0.383 gives the 75 of sec. 2.5", (0, 1)] = 0.4
+    exact_masks: Annotated[bool, "mask the same number in each image; otherwise as Algorithm 1 stops"] = True
     log_aspect: Annotated[bool, "log-uniform aspect ratio of blocks, as in the released code"] = False
     target: Annotated[Literal["tokens", "pixels"], "pixels: regress a patch's pixels (Table 4)"] = "tokens"
     predict: Annotated[Literal["masked", "all"], "all: recover 100 % of the targets (Table 4)"] = "masked"
@@ -65,7 +66,7 @@ class Config(training.RunConfig, vit.ViTConfig):
 
 
 def table_12(name, **more):
-    """The backbone of vit.PRESETS with the optimisation of Table 12."""
+    """A backbone of vit.PRESETS and the numbers of Table 12 that are no defaults of flags."""
     size = {field: getattr(vit.PRESETS[name], field) for field in ("dim", "depth", "heads")}
     return dict(**size, epochs=800.0, batch_size=2048, lr=1.5e-3, **more)
 
@@ -81,10 +82,10 @@ PRESETS = {
 
 
 def loss_and_accuracy(outputs, targets):
-    """Means over the M predicted places.
+    """Returns the loss and the accuracy, means over the M predicted patches.
 
-    Tokens, targets (M,) int64: -log p(z_i | x^M) in nats (Eq. 1), and how often the likeliest token is right.
-    Pixels, targets (M, C P P): squared error (Table 4), and no accuracy (nan).
+    With tokens as targets, int64 (M,): -log p(z_i | x^M) in nats (Eq. 1), and how often the likeliest token
+    is right. With pixels, float (M, C P P): the squared error (Table 4), and nan.
     """
     outputs = outputs.float()
     if targets.dtype == torch.int64:
@@ -93,72 +94,67 @@ def loss_and_accuracy(outputs, targets):
 
 
 def draw_mask_of(config):
-    """The function rng -> bool ndarray (h, w) that --masking names."""
-    blockwise = partial(blockwise_mask, exact=config.exact_masks, log_aspect=config.log_aspect)
-    draw = {"blockwise": blockwise, "random": random_mask, "none": no_mask}[config.masking]
+    """Returns the function of --masking: rng -> bool ndarray (h, w)."""
+    if config.masking == "none":
+        return lambda rng: np.zeros(config.grid, dtype=bool)
+    draw = random_mask
+    if config.masking == "blockwise":
+        draw = partial(blockwise_mask, exact=config.exact_masks, log_aspect=config.log_aspect)
     return partial(draw, config.grid, config.num_masked)
 
 
-def no_mask(grid, num_masked, rng):
-    """Nothing masked (ablation of Table 4): False everywhere, (h, w)."""
-    return np.zeros(grid, dtype=bool)
-
-
 def collate(samples, predict):
-    """Samples of data.Views as a batch, with the places to predict: int64 (M,) indices into B h w.
+    """A batch of data.Views, with the patches to predict as flat indices into (B, h, w), int64 (M,).
 
-    They are counted here, on the CPU, since nonzero on a GPU synchronises.
+    The indices are found here, on the CPU, because nonzero on a GPU synchronises.
     """
     *views, mask = default_collate(samples)
-    wanted = mask if predict == "masked" else torch.ones_like(mask)
-    return *views, mask, wanted.flatten().nonzero()[:, 0]
+    predicted = mask if predict == "masked" else torch.ones_like(mask)
+    return *views, mask, predicted.flatten().nonzero()[:, 0]
 
 
-def unpack(batch, device):
+def to_device(batch, device):
     """(images, the tokenizer's view or None, mask, places) on the device, images as floats in [0, 1]."""
-    images, *token_images, mask, places = (tensor.to(device, non_blocking=True) for tensor in batch)
-    return data.to_float(images), data.to_float(token_images[0]) if token_images else None, mask, places
+    *views, mask, places = (tensor.to(device, non_blocking=True) for tensor in batch)
+    images, token_images = [data.to_float(view) for view in views] + [None] * (2 - len(views))
+    return images, token_images, mask, places
 
 
-def open_batches(config, device, run, source, held_out, tokenizer):
-    """(iterator over training batches, functions that give held-out batches, and one to look at)."""
-    token_size = config.grid[0] * tokenizer.downsample if tokenizer else None      # one token for each patch
+def open_views(config, source, held_out, tokenizer):
+    """(training, held-out) data.Views; the tokenizer's view has the size that gives a token per patch."""
+    token_size = config.grid[0] * tokenizer.downsample if tokenizer else None
     make_views = partial(data.Views, image_size=config.image_size, token_size=token_size, seed=config.seed,
                          draw_mask=draw_mask_of(config), crop_scale=config.crop_scale, jitter=config.jitter)
-    views, val_views = make_views(source, train=True), make_views(held_out, train=False)
-    gather = partial(collate, predict=config.predict)
-    return (iter(data.train_loader(views, config, device, run.start, run.steps, gather)),
-            partial(data.val_loader, val_views, config, device, gather, images=512),
-            partial(data.some_samples, val_views, 12, device, gather))
+    return make_views(source, train=True), make_views(held_out, train=False)
 
 
 def tokenizer_config(config, images, steps):
-    """The dvae.Config of <out>/tokenizer, for a run of so many training images and steps."""
+    """The dvae.Config of the tokenizer to train for this run, of so many training images and steps."""
     preset, world = dvae.PRESETS[config.tokenizer_preset], training.world_size()
     batch_size = math.ceil(min(preset["batch_size"], config.batch_size) / world) * world
-    same = ("data", "data_root", "seed", "workers", "device", "precision", "compile")
-    wanted = training.build(dvae.Config, {
-        **preset, **{name: getattr(config, name) for name in same}, "preset": config.tokenizer_preset,
+    shared = ("data", "data_root", "seed", "workers", "device", "precision", "compile")
+    tokenizer = training.build(dvae.Config, {
+        **preset, **{name: getattr(config, name) for name in shared}, "preset": config.tokenizer_preset,
         "out": str(Path(config.out) / "tokenizer"), "batch_size": batch_size,
         "lr": preset["lr"] * batch_size / preset["batch_size"],
         "image_size": config.grid[0] * 2 ** (preset.get("groups", dvae.Config.groups) - 1)})
-    most = min(steps, training.steps_and_epoch(wanted, images)[0])
-    return dataclasses.replace(wanted, steps=config.tokenizer_steps or most)
+    most = min(steps, training.steps_and_epoch(tokenizer, images)[0])
+    return dataclasses.replace(tokenizer, steps=config.tokenizer_steps or most)
 
 
 @torch.no_grad()
 def evaluate(model, batches, tokenizer, precision, device):
-    """(report, baselines) on the held-out images of all processes: val_loss and val_accuracy, and what is
-    reached without looking at the image.
+    """Measures val_loss, val_accuracy and baselines that ignore the image, on all processes' held-out images.
 
-    chance_loss: ln V. unigram_entropy: the loss of predicting the token frequencies. majority_accuracy: of
-    predicting the most frequent token. mean_loss: of predicting the mean colour, with pixels.
+    chance_loss is ln V, unigram_entropy the loss of predicting the token frequencies, majority_accuracy the
+    accuracy of predicting the most frequent token. With pixels, mean_loss is the loss of predicting the
+    normalisation's mean colour.
     """
     model.eval()
     counts = torch.zeros(tokenizer.vocab_size if tokenizer else 1, device=device)
     sums = torch.zeros(4, device=device)
     for batch in batches:
-        images, token_images, mask, places = unpack(batch, device)
+        images, token_images, mask, places = to_device(batch, device)
         with precision.autocast():
             targets = tokenizer.tokenize(token_images) if tokenizer else model.patch_pixels(images)
             logits = model(images, mask, places)
@@ -166,23 +162,22 @@ def evaluate(model, batches, tokenizer, precision, device):
         loss, accuracy = loss_and_accuracy(logits, targets)
         if tokenizer:
             counts += torch.bincount(targets, minlength=len(counts))
-        square = targets.float().square().mean()                       # loss of 0, the mean colour
+        square = targets.float().square().mean()                       # pixels: the loss of predicting 0
         sums += len(targets) * torch.stack([loss, accuracy, square, torch.ones_like(loss)])
     training.all_sum(counts)
     training.all_sum(sums)
     loss, accuracy, square, _ = (sums / sums[-1]).tolist()
     if not tokenizer:
-        return {"val_loss": loss}, {"mean_loss": square}
-    return {"val_loss": loss, "val_accuracy": accuracy}, {
-        "chance_loss": math.log(tokenizer.vocab_size), "unigram_entropy": math.log(dvae.perplexity(counts)),
-        "majority_accuracy": (counts.max() / counts.sum()).item()}
+        return {"val_loss": loss, "mean_loss": square}
+    return {"val_loss": loss, "val_accuracy": accuracy, "chance_loss": math.log(tokenizer.vocab_size),
+            "unigram_entropy": math.log(dvae.perplexity(counts)),
+            "majority_accuracy": (counts.max() / counts.sum()).item()}
 
 
 def build_model(config, tokenizer, device):
-    """A model that predicts the tokenizer's codes, or pixels without one. Moves both to the device."""
-    outputs = config.in_channels * config.patch_size ** 2
+    """Returns a model that predicts the tokenizer's codes, or pixels without one, both on the device."""
+    outputs = tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2
     if tokenizer:
-        outputs = tokenizer.vocab_size
         tokenizer.to(device, memory_format=torch.channels_last)
         if config.compile:
             tokenizer.features = torch.compile(tokenizer.features)
@@ -200,25 +195,26 @@ def train(config, device):
     source, held_out = data.open_splits(config.data, config.data_root)
     total, per_epoch = training.steps_and_epoch(config, len(source))
     tokenizer = weights.load_tokenizer(config.tokenizer) if config.tokenizer else None
-    needs_tokenizer = config.target == "tokens" and not tokenizer
-    its_config = tokenizer_config(config, len(source), total) if needs_tokenizer else None
+    to_train = tokenizer_config(config, len(source), total)
     run = training.Run(config, device, total)
     if run.finished:
-        training.say(f"{run.folder} is finished; --fresh starts over")
-        return
-    if its_config:
-        tokenizer = weights.load_tokenizer(dvae.train(its_config, device))
+        return training.say(f"{run.folder} is finished; --fresh starts over")
+    if not tokenizer and config.target == "tokens":
+        tokenizer = weights.load_tokenizer(dvae.train(to_train, device))
     model = build_model(config, tokenizer, device)
     optimizer = torch.optim.AdamW(training.parameter_groups(model, config.weight_decay), fused=True)
     precision = training.Precision(config.precision, device)
     parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
     run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)
-    batches, held_out_batches, look = open_batches(config, device, run, source, held_out, tokenizer)
+    views, val_views = open_views(config, source, held_out, tokenizer)
+    gather = partial(collate, predict=config.predict)
+    batches = iter(data.train_loader(views, config, device, run.start, total, gather))
+    held_out_batches = partial(data.val_loader, val_views, config, device, gather, images=512)
     training.say(f"{config.num_masked} of {math.prod(config.grid)} patches masked; {total} steps of "
                  f"{config.batch_size} images, {total / per_epoch:.3g} epochs, peak lr {config.lr:g}; "
                  f"{training.world_size()} x {device}, {precision.dtype}")
-    report, baselines = {}, {}
+    report = {}
     for step in run.progress("pretrain"):
         training.seed_step(config.seed, step)
         lr = training.warmup_cosine(step, total, config.lr, config.min_lr, config.warmup * total)
@@ -226,7 +222,7 @@ def train(config, device):
         model.train()
         sums = torch.zeros(2, device=device)
         for part in range(config.accumulate):
-            images, token_images, mask, places = unpack(next(batches), device)
+            images, token_images, mask, places = to_device(next(batches), device)
             with training.accumulating(network, part, config.accumulate):
                 with precision.autocast():
                     targets = tokenizer.tokenize(token_images) if tokenizer else model.patch_pixels(images)
@@ -234,24 +230,29 @@ def train(config, device):
                 loss, accuracy = loss_and_accuracy(logits, targets.flatten(0, 2)[places])      # Eq. 1
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, accuracy]).detach()
-        loss, accuracy = run.exchange(step + 1, sums / config.accumulate)
+        loss, accuracy = run.all_reduce(step + 1, sums / config.accumulate)
         grad_norm = precision.update(optimizer, config.clip_grad)
         scores = {"loss": loss, "accuracy": accuracy} if tokenizer else {"loss": loss}
+        report = {}
         if step == 0 or (step + 1) % config.eval_every == 0 or step + 1 == total:
-            report, baselines = evaluate(model, held_out_batches(), tokenizer, precision, device)
-            scores |= {**baselines, **report}
-        run.log(step + 1, lr=lr, grad_norm=grad_norm, **scores)
-        run.end_of_step(step + 1, **parts)
+            report = evaluate(model, held_out_batches(), tokenizer, precision, device)
+        run.log(step + 1, lr=lr, grad_norm=grad_norm, **scores, **report)
+        run.save_or_stop(step + 1, **parts)
 
-    if not report:    # the run was stopped between its last step and result.json
-        report, baselines = evaluate(model, held_out_batches(), tokenizer, precision, device)
-    training.say(f"held-out images: {training.in_words({**report, **baselines})}")
-    kept = {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}
-    run.finish(model, kept, **report, **baselines)
+    report = report or evaluate(model, held_out_batches(), tokenizer, precision, device)    # killed before it
+    training.say(f"held-out images: {training.in_words(report)}")
+    sizes = {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}
+    run.finish(model, sizes, **report)
     if training.rank() == 0:
-        images, token_images, mask, _ = unpack(look(), device)
-        columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
-        visualize.figure_predictions(columns, mask, right).savefig(run.folder / "predictions.png")
+        batch = to_device(data.some_samples(val_views, 12, gather), device)
+        draw(model, tokenizer, batch, run.folder / "predictions.png")
+
+
+def draw(model, tokenizer, batch, path):
+    """Write a picture of what the model predicts for a batch, as to_device gives it."""
+    images, token_images, mask, _ = batch
+    columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
+    visualize.figure_predictions(columns, mask, right).savefig(path)
 
 
 def main():

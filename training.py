@@ -25,30 +25,30 @@ from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """Ends a script with one line: the flag or file, what is wrong with it, what would be accepted."""
+    """A wrong flag or file. Its one line names it and what would be accepted, and ends the script."""
 
 
-# ---- Flags: one for each annotated field of a frozen dataclass ----
+# ---- Flags: each field Annotated[type, help, (least, most)] of a frozen dataclass is one ----
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What all training scripts can be told: Annotated[type, help, (smallest, largest accepted value)]."""
-    preset: Annotated[str | None, "defaults: demo (minutes on a CPU) without --data, base with it"] = None
+    """Flags of all training scripts. Raises ValueError("field: what is wrong with it")."""
+    preset: Annotated[str | None, "default: demo (minutes on a CPU), with --data base"] = None
     data: Annotated[str, "shapes, fashion-mnist, cifar10, cifar100, or a folder of images"] = "shapes"
     data_root: Annotated[str, "folder with the files of fashion-mnist, cifar10 and cifar100"] = "data"
-    out: Annotated[str | None, "folder of this run, continued if it exists; runs/<script>-<data>"] = None
+    out: Annotated[str | None, "folder of this run, continued if it exists; else runs/<script>-<data>"] = None
     fresh: Annotated[bool, "rename an existing --out and start over"] = False
     steps: Annotated[int | None, "optimizer steps, instead of --epochs", (1, inf)] = None
     epochs: Annotated[float | None, "passes over the training images", (1e-9, inf)] = None
-    batch_size: Annotated[int, "images a step, over all processes and accumulated parts", (1, inf)] = 2048
-    accumulate: Annotated[int, "parts that a batch is computed in, to fit memory", (1, inf)] = 1
+    batch_size: Annotated[int, "images per step, of all processes together", (1, inf)] = 2048
+    accumulate: Annotated[int, "compute a batch in so many parts, to fit memory", (1, inf)] = 1
     lr: Annotated[float, "peak learning rate; else the preset's, scaled by batch size", (1e-12, inf)] = 1.5e-3
-    min_lr: Annotated[float, "final learning rate; else the preset's, likewise", (0, inf)] = 1e-5
+    min_lr: Annotated[float, "final learning rate; else the preset's, scaled likewise", (0, inf)] = 1e-5
     warmup: Annotated[float, "share of the steps with rising lr; paper: 10 of 800 epochs", (0, 1)] = 0.0125
     weight_decay: Annotated[float, "of AdamW", (0, inf)] = 0.05
     clip_grad: Annotated[float, "largest norm of the gradient, 0 = no clipping", (0, inf)] = 3.0
     seed: Annotated[int, "of every random draw", (0, 2 ** 32 - 1)] = 0
-    workers: Annotated[int | None, "loader processes a rank; 8 on a GPU, 0 on a CPU", (0, inf)] = None
+    workers: Annotated[int | None, "loader processes per rank; 8 on a GPU, 0 on a CPU", (0, inf)] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: a GPU if there is one"] = "auto"
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"],
                          "auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU"] = "auto"
@@ -61,7 +61,7 @@ class RunConfig:
             value = getattr(self, name)
             if value == "":
                 raise ValueError(f"{name}: not an empty text")
-            for least, most in getattr(hint, "__metadata__", ())[1:]:
+            for least, most in getattr(hint, "__metadata__", ())[1:]:    # of (help, range) the range, if any
                 for number in value if isinstance(value, tuple) else [value]:
                     if number is not None and not (least <= number <= most and number < inf):
                         raise ValueError(f"{name}: a number from {least} to {most}, not {number}")
@@ -70,53 +70,61 @@ class RunConfig:
             raise ValueError(f"batch_size: {self.batch_size} does not divide into {world_size()} processes x "
                              f"{self.accumulate} parts; {math.ceil(self.batch_size / parts) * parts} would")
         if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+            super().__post_init__()    # of vit.ViTConfig, in a script's Config
 
 
-MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root")    # when a run is continued
+MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root")    # in a run that is continued
+
+
+def make_parser(Config, presets):
+    """argparse's parser with a flag for each annotated field; help shows the defaults of presets."""
+    description = sys.modules[Config.__module__].__doc__
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, allow_abbrev=False)
+    for name, hint in get_type_hints(Config, include_extras=True).items():
+        if not hasattr(hint, "__metadata__"):
+            continue
+        defaults = [f"{preset} {values[name]}" for preset, values in presets.items() if name in values]
+        text = f"{hint.__metadata__[0]} ({', '.join([*defaults, f'default {getattr(Config, name)}'])})"
+        kind, arguments = hint.__origin__, get_args(hint.__origin__)
+        options = {"type": arguments[0] if arguments else kind}        # the int of int | None
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(kind) is Literal:
+            options = {"choices": arguments}
+        elif name == "preset":
+            options = {"choices": list(presets)}
+        elif get_origin(kind) is tuple:
+            options["nargs"] = len(arguments)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+    return parser
 
 
 def parse(Config, presets, argv=None, complete=None):
     """Config from the command line: field defaults < preset < flags. Raises UserError for a refused value.
 
-    complete(preset, flags) -> (preset, values) may choose the preset, and values between it and the flags.
+    complete(preset, flags) -> (preset, values) may choose the preset, and values between it and the flags:
+    finetune.py takes the sizes of a checkpoint.
     """
-    module = sys.modules[Config.__module__]
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=module.__doc__, allow_abbrev=False)
-    for name, hint in get_type_hints(Config, include_extras=True).items():
-        if not hasattr(hint, "__metadata__"):
-            continue
-        defaults = {**{preset: values[name] for preset, values in presets.items() if name in values},
-                    "default": getattr(Config, name)}
-        words = ", ".join(f"{where} {value}" for where, value in defaults.items())
-        text = f"{hint.__metadata__[0]} ({words})".replace("%", "%%")
-        kind, arguments = hint.__origin__, get_args(hint.__origin__)
-        how = {"type": arguments[0] if arguments else kind}            # int of int | None
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif get_origin(kind) is Literal or name == "preset":
-            how = {"choices": list(presets) if name == "preset" else arguments}
-        elif get_origin(kind) is tuple:
-            how["nargs"] = len(arguments)
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(make_parser(Config, presets).parse_args(argv))
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     if "steps" in flags and "epochs" in flags:
         raise UserError("--steps and --epochs: give one of them")
     preset, completed = flags.get("preset", "base" if "data" in flags else "demo"), {}
     if complete:
         preset, completed = complete(preset, flags)
-    reference = {"data": "shapes", "min_lr": Config.min_lr, **presets[preset], "preset": preset}
-    values = {**reference, **completed, **flags}
-    if "steps" in flags or "epochs" in flags:
+    recipe = {"data": "shapes", "min_lr": Config.min_lr, **presets[preset], "preset": preset}
+    values = {**recipe, **completed, **flags}
+    if "steps" in flags or "epochs" in flags:    # one of them replaces the preset's other
         values |= {"steps": flags.get("steps"), "epochs": flags.get("epochs")}
-    scale = values["batch_size"] / reference["batch_size"]
-    for name in {"lr", "min_lr"} - flags.keys():
-        values[name] = reference[name] * scale
-    values.setdefault("out", f"runs/{Path(module.__file__).stem}-{Path(values['data']).resolve().name}")
+    scale = values["batch_size"] / recipe["batch_size"]
+    for name in ("lr", "min_lr"):
+        values[name] = flags.get(name, recipe[name] * scale)
+    script = Path(sys.modules[Config.__module__].__file__).stem
+    values.setdefault("out", f"runs/{script}-{Path(values['data']).resolve().name}")
     config = build(Config, values)
     if scale != 1 and "lr" not in flags:
-        say(f"lr {config.lr:g} = {reference['lr']:g} x batch {config.batch_size} / {reference['batch_size']} "
+        say(f"lr {config.lr:g} = {recipe['lr']:g} x batch {config.batch_size} / {recipe['batch_size']} "
             f"of preset {preset}; --lr sets another")
     return config
 
@@ -131,7 +139,7 @@ def build(Config, values):
 
 
 def steps_and_epoch(config, images):
-    """(optimizer steps of the run, steps in an epoch of so many images, the last smaller batch left out)."""
+    """(steps of the run, steps per epoch of so many images). A last, smaller batch is left out."""
     if images < config.batch_size:
         raise UserError(f"--batch-size: {config.batch_size} is more than the {images} training images")
     per_epoch = images // config.batch_size
@@ -164,7 +172,7 @@ def run_script(Config, presets, train, complete=None):
         say(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items()))
         train(config, join_processes(config))
         if dist.is_initialized():
-            dist.destroy_process_group()    # not after an error: it waits for processes that cannot come
+            dist.destroy_process_group()    # not after an error: it would wait for the other processes
 
 
 @contextmanager
@@ -173,19 +181,20 @@ def one_line_errors():
     try:
         yield
     except (UserError, OSError, FloatingPointError) as error:
-        same_on_all_ranks = isinstance(error, UserError)
-        if not same_on_all_ranks or os.environ.get("LOCAL_RANK", "0") == "0":
-            line = str(error).strip().splitlines()[-1].removeprefix("OSError: ")    # of a loader's traceback
+        wrong_use = isinstance(error, UserError)                       # then all ranks say the same
+        if not wrong_use or os.environ.get("LOCAL_RANK", "0") == "0":
+            text = str(error).strip() or type(error).__name__
+            line = text.splitlines()[-1].removeprefix("OSError: ")     # a loader's error is a whole traceback
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(2 if wrong_use else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
 
 def join_processes(config):
     """Choose and set up this process's device, and join torchrun's other processes. Returns the device."""
-    torch.set_flush_denormal(True)                                     # denormals are up to 30 times slower
-    gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_flush_denormal(True)    # arithmetic on denormal numbers takes up to 30 times as long
+    gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # one per process
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         device, backend = torch.device("cpu"), dict(backend="gloo")
     elif gpus < needed:
@@ -202,20 +211,21 @@ def join_processes(config):
 
 
 def on_first_process(function):
-    """Call function() on rank 0; all processes get its result, or raise its error."""
-    answer = [None, None]
+    """Call function() on rank 0; all processes return its result, or raise its error as a UserError."""
+    result_and_error = [None, None]
     if rank() == 0:
         try:
-            answer[0] = function()
+            result_and_error[0] = function()
         except UserError as error:
-            answer[1] = error
+            result_and_error[1] = error
         except OSError as error:
-            answer[1] = UserError(f"--out: {error}")
+            result_and_error[1] = UserError(f"--out: {error}")
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise answer[1]
-    return answer[0]
+        dist.broadcast_object_list(result_and_error, src=0)
+    result, error = result_and_error
+    if error:
+        raise error
+    return result
 
 
 def all_sum(tensor):
@@ -229,7 +239,7 @@ def distribute(model, device):
     """DistributedDataParallel, which averages gradients over processes, if there are several."""
     if world_size() == 1:
         return model
-    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)    # torch 2.6 has no other name
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)    # its new name is too new
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                    broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -242,7 +252,7 @@ def accumulating(network, part, parts):
 # ---- One step ----
 
 def seed_step(seed, step):
-    """Seed what the model draws (stochastic depth, Gumbel noise, mixup) by (seed, step, rank)."""
+    """Seed the draws of the model (stochastic depth, Gumbel noise, mixup) by (seed, step, rank)."""
     torch.manual_seed(hash((seed, step, rank())))
 
 
@@ -266,10 +276,11 @@ def set_lr(optimizer, lr):
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
-    """Groups for AdamW: layer-wise lr decay (Table 13), no weight decay of vectors, [S], E_pos (released).
+    """Groups for AdamW with layer-wise learning-rate decay (Table 13).
 
-    "lr_scale" is layer_decay ** (L + 1 - l) in layer l: 0 = embeddings and what all blocks share, 1 ... L =
-    the blocks, L + 1 = what follows.
+    Layer l has the "lr_scale" layer_decay ** (L + 1 - l). Layer 0 are the embeddings and a shared position
+    bias, 1 ... L the blocks, L + 1 the heads. As in the released code, vectors, [S] and E_pos have no weight
+    decay.
     """
     depth, groups = len(model.blocks), {}
     for name, parameter in model.named_parameters():
@@ -291,7 +302,7 @@ class Precision:
     def __init__(self, name, device):
         if name == "auto" and device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif name == "auto":    # without AMX, a CPU emulates bf16, slower than fp32
+        elif name == "auto":    # a CPU without AMX emulates bf16, which is slower than fp32
             cpu = Path("/proc/cpuinfo")
             name = "bf16" if cpu.exists() and "amx_bf16" in cpu.read_text() else "fp32"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -318,14 +329,17 @@ class Precision:
 # ---- The folder of a run ----
 
 def write_atomically(path, write, keep=None):
-    """write(file) beside path, fsync, rename: path is never half-written. keep: new name of the old file."""
+    """Call write(file) on a new file, fsync, rename it to path, so that path is never half-written.
+
+    keep: the old file gets this name. Raises OSError with the free space of a full disk.
+    """
     beside = Path(f"{path}.part")
     try:
         with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:                           # RuntimeError: torch.save, full disk
+    except (OSError, RuntimeError) as error:                           # torch.save raises RuntimeError, too
         beside.unlink(missing_ok=True)
         free = shutil.disk_usage(Path(path).parent).free / 2 ** 20
         raise OSError(f"{path} could not be written ({error}); {free:,.1f} MB are free") from None
@@ -340,37 +354,44 @@ def write_json(path, value):
 
 
 def damage(path):
-    """What is wrong with a checkpoint, or None: the checksums of torch.save's zip archive are tested."""
+    """What is wrong with a checkpoint, or None. Tests the checksums of torch.save's zip archive.
+
+    testzip skips folders, and a flipped bit can turn a file into one, or give two files the same name.
+    """
+    folder = 16                                                        # its bit in external_attr
     try:
         with zipfile.ZipFile(path) as archive:
             broken, entries = archive.testzip(), archive.infolist()
-        files = {entry.filename for entry in entries if not entry.external_attr & 16}    # 16 marks a folder
+        files = {entry.filename for entry in entries if not entry.external_attr & folder}
         if broken or len(files) < len(entries):
             return f"{broken} fails its checksum" if broken else "its table of contents is wrong"
-        torch.load(path, map_location="meta", weights_only=True)["step"]
+        torch.load(path, map_location="meta", weights_only=True)
         return None
     except Exception as error:                                         # zipfile and torch raise a dozen kinds
         return type(error).__name__
 
 
 class Run:
-    """The folder config.out: config.json, metrics.jsonl, last.pt (all that is needed to continue), the
-    previous.pt before it, model.pt, result.json. Rank 0 writes, all ranks read.
+    """The folder config.out of a run. Rank 0 writes, all ranks read.
 
-    UserError if it holds a run of another configuration, is in use, or is not seen by all machines.
+    It holds config.json, metrics.jsonl, last.pt to continue from, previous.pt before it, and at the end
+    model.pt and result.json. Raises UserError if it holds another configuration, is in use, or is not seen by
+    all machines.
     """
 
     def __init__(self, config, device, steps):
         self.config, self.steps, self.folder = config, steps, Path(config.out)
-        self.start, self._signal, self.told = 0, 0, 0    # first step; signal received, known to all ranks
+        self.start = 0            # first step to do
+        self._received = 0        # signal that this process received during a step
+        self.stop_signal = 0      # signal that all processes know about
         self.finished = on_first_process(self._open)
         seen = torch.tensor(float((self.folder / "config.json").exists()), device=device)
-        if all_sum(seen) < world_size():
+        if all_sum(seen) < world_size():    # every process must see the file that rank 0 wrote
             raise UserError(f"--out: not all machines see {self.folder}; name a folder that they share")
 
     def _open(self):
         file, config = self.folder / "config.json", json.loads(json.dumps(dataclasses.asdict(self.config)))
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"       # torchrun --max-restarts
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun: continue it
         if self.config.fresh and file.exists() and not restarted:
             self._lock()
             aside = (Path(f"{self.folder}.old-{n}") for n in itertools.count(1))
@@ -391,14 +412,14 @@ class Run:
         return (self.folder / "result.json").exists()
 
     def _lock(self):
-        self._lock_file = open(self.folder / "lock", "w")              # locked until it is closed
+        self._lock_file = open(self.folder / "lock", "w")              # locked as long as it is open
         try:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(f"--out: {self.folder} is in use by another process; name another") from None
 
     def restore(self, **parts):
-        """Load the last intact checkpoint, if there is one, into the parts, and cut the log back to it."""
+        """Load the last intact checkpoint into the parts, if there is one; delete later lines of the log."""
         log, size = self.folder / "metrics.jsonl", 0
         if on_first_process(self._find_checkpoint):
             state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
@@ -414,45 +435,47 @@ class Run:
         """Whether there is a checkpoint. A damaged last.pt is renamed, and previous.pt takes its place."""
         last, damaged = self.folder / "last.pt", []
         for path in (last, self.folder / "previous.pt"):
-            if not path.exists():
-                continue
-            wrong = damage(path)
-            if not wrong:
+            wrong = damage(path) if path.exists() else None
+            if wrong:
+                damaged.append(f"{path} is damaged ({wrong})")
+            elif path.exists():
                 if damaged:
                     say(f"warning: {damaged[0]} and set aside; {path} is used")
                     os.replace(last, f"{last}.damaged")
-                os.replace(path, last)
+                os.replace(path, last)                                 # nothing happens to last.pt itself
                 return True
-            damaged.append(f"{path} is damaged ({wrong})")
         if damaged:
             raise UserError(f"--out: {' and '.join(damaged)}; put back a copy, or start over with --fresh")
         return False
 
     def progress(self, label):
-        """range over the steps to do, during which SIGTERM and SIGINT wait for the end of the step."""
+        """The steps to do, with a progress bar. SIGTERM and SIGINT take effect at the end of a step."""
         signals = (signal.SIGTERM, signal.SIGINT)
         handlers = [signal.signal(number, self._remember) for number in signals]
-        self._logged = self.start, time.perf_counter()
+        self._last_line = self.start, time.perf_counter()              # of the log: its step and time
         yield from tqdm(range(self.start, self.steps), desc=label, initial=self.start, total=self.steps,
                         leave=False, disable=rank() > 0 or not sys.stderr.isatty())
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
+        if self._received:                                             # since the last all_reduce
+            os.kill(os.getpid(), self._received)
 
     def _remember(self, number, frame):
-        if self._signal == number == signal.SIGINT:                    # asked twice
+        if self._received == number == signal.SIGINT:                  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
-        self._signal = number
+        self._received = number
 
-    def exchange(self, step, values):
-        """Means over processes of a vector, the loss first, as floats: a step's one all-reduce besides DDP's.
+    def all_reduce(self, step, values):
+        """Means over processes of a vector, the loss first, as floats: the only synchronisation of a step.
 
-        All processes learn if one was told to stop. FloatingPointError if the mean loss is not finite.
+        All processes learn here if one of them received a signal. FloatingPointError if the mean loss is not
+        finite.
         """
-        told = values.new_full((1,), float(self._signal))
-        *means, told = all_sum(torch.cat([values.detach(), told]) / world_size()).tolist()
-        self._reached = time.perf_counter()
-        if told:
-            self.told = self._signal or signal.SIGTERM
+        received = values.new_full((1,), float(self._received))
+        *means, received = all_sum(torch.cat([values.detach(), received]) / world_size()).tolist()
+        self._step_done = time.perf_counter()
+        if received:
+            self.stop_signal = self._received or signal.SIGTERM
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"step {step}: the loss is {means[0]}; the last checkpoint is kept; "
                                      "try a lower --lr, or --precision bf16 or fp32")
@@ -461,34 +484,36 @@ class Run:
     def log(self, step, **values):
         """Add a line to metrics.jsonl: every --log-every steps, at the first and last, after an evaluation.
 
-        step counts finished steps. values: numbers, or tensors, which are read only if the line is written.
+        step: how many are finished. values: numbers, or tensors, which are read only if the line is written.
         """
         evaluated = any(name.startswith("val_") for name in values)
         if rank() > 0 or not (step % self.config.log_every == 0 or step in (1, self.steps) or evaluated):
             return
-        (before, then), now = self._logged, self._reached              # now: before an evaluation
-        self._logged = step, time.perf_counter() if evaluated else now
+        before, start = self._last_line
+        self._last_line = step, time.perf_counter() if evaluated else self._step_done    # not the evaluation
         values = {name: float(value) for name, value in values.items()}
-        values["images_per_second"] = round((step - before) * self.config.batch_size / (now - then), 1)
+        images = (step - before) * self.config.batch_size
+        values["images_per_second"] = round(images / (self._step_done - start), 1)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")
         except OSError as error:
             raise OSError(f"{self.folder / 'metrics.jsonl'} could not be written ({error})") from None
-        if step % max(1, self.steps // 10) < self.config.log_every or evaluated:    # about ten times a run
+        if step % max(1, self.steps // 10) < self.config.log_every or evaluated:    # about ten times per run
             say(f"step {step}/{self.steps}  {in_words(values)}")
 
-    def end_of_step(self, step, **parts):
-        """Write last.pt if it is time or a signal came; after a signal, end as that signal would have."""
-        if rank() == 0 and (self.told or step % self.config.save_every == 0 or step == self.steps):
+    def save_or_stop(self, step, **parts):
+        """Write last.pt every --save-every steps and at the end; after a signal, write it and end by it."""
+        if rank() == 0 and (self.stop_signal or step % self.config.save_every == 0 or step == self.steps):
             self.save(step, **parts)
-        if self.told:
-            say(f"{signal.Signals(self.told).name}: stopped after step {step}; the same command continues")
+        if self.stop_signal:
+            name = signal.Signals(self.stop_signal).name
+            say(f"{name}: stopped after step {step}; the same command continues")
             if dist.is_initialized():
                 dist.barrier()
-            signal.signal(self.told, signal.SIG_DFL)
-            os.kill(os.getpid(), self.told)
+            signal.signal(self.stop_signal, signal.SIG_DFL)
+            os.kill(os.getpid(), self.stop_signal)
 
     def save(self, step, **parts):
         """Write last.pt from the state_dicts of the parts; the one before becomes previous.pt."""
@@ -502,7 +527,7 @@ class Run:
         write_atomically(last, lambda file: torch.save(state, file), keep=self.folder / "previous.pt")
 
     def finish(self, model, config, **result):
-        """Write model.pt (weights and the model's config, for --init and --tokenizer) and result.json."""
+        """Write model.pt (weights, config, class name), which --init or --tokenizer take, and result.json."""
         if rank() == 0:
             kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
             write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))

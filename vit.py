@@ -1,7 +1,7 @@
 """The Vision Transformer (sec. 2.2) and its models: masked image model (2.3), classifier and segmenter (2.6).
 
-Parameters are named as in the released checkpoints. B images of C channels and H W pixels in [0, 1], which
-the models normalise; h w patches, N = h w; width D.
+Parameters are named as in the released checkpoints. Images are (B, C, H, W) in [0, 1]; the models normalise
+them. A grid of h x w patches, N = h w, width D.
 """
 import math
 from dataclasses import dataclass, fields
@@ -17,14 +17,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check(ok, message):
-    """Raise ValueError(message) unless ok. Of a flag the message begins with its name and a colon."""
+    """Raise ValueError(message) unless ok. A message that begins with "field: " names a field of a config."""
     if not ok:
         raise ValueError(message)
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes and variants of the backbone. ValueError for impossible ones. Annotated: a flag and its help."""
+    """Sizes and variants of the backbone. Annotated fields are also flags of the scripts, with their help.
+
+    Raises ValueError for values that do not work.
+    """
     image_size: Annotated[int | tuple[int, int], "pixels a side of the transformer's images"] = 224
     patch_size: Annotated[int, "pixels a side of a patch; must divide the image size"] = 16
     in_channels: int = 3
@@ -35,10 +38,10 @@ class ViTConfig:
     position: Annotated[Literal["absolute", "relative", "shared_relative"],
                         "paper: absolute; released code: shared_relative, to fine-tune relative"] = "absolute"
     layer_scale: Annotated[float, "initial gamma, 0 = none (paper); released: 0.1 base, 1e-5 large"] = 0.0
-    drop_path: Annotated[float, "stochastic depth of the last block, from 0 in the first"] = 0.1
+    drop_path: Annotated[float, "stochastic depth; its rate rises from 0 to this over the blocks"] = 0.1
     pixel_mean: Annotated[tuple[float, float, float], "red, green, blue; released 22K: 0.5"] = IMAGENET_MEAN
     pixel_std: Annotated[tuple[float, float, float], "likewise; released 22K: 0.5"] = IMAGENET_STD
-    init_std: Annotated[float, "of initial weights (sec. 2.5); small: try 0.02 sqrt(768 / dim)"] = 0.02
+    init_std: Annotated[float, "of initial weights (sec. 2.5); if narrow: 0.02 sqrt(768 / dim)"] = 0.02
 
     def __post_init__(self):
         for name in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "init_std"):
@@ -66,11 +69,12 @@ class ViTConfig:
 
     @property
     def backbone(self):
-        """These fields alone, without the other flags of a script's config."""
+        """This config without the other fields of a script's config, which inherits it."""
         return ViTConfig(**{field.name: getattr(self, field.name) for field in fields(ViTConfig)})
 
 
-# As in the paper. Released code: position="shared_relative", layer_scale=0.1 (large: 1e-5).
+# base and large are the paper's. The released code adds position="shared_relative" and layer_scale=0.1, large
+# 1e-5.
 PRESETS = {
     "tiny": ViTConfig(dim=192, heads=3),
     "small": ViTConfig(dim=384, heads=6),
@@ -80,21 +84,23 @@ PRESETS = {
 
 
 def relative_position_index(grid):
-    """For each pair (query, key) of tokens its row in a relative-position-bias table: int64 (1+N, 1+N).
+    """The row in a relative-position-bias table for each query and key: int64 (1+N, 1+N).
 
-    Patch i to patch j of the grid (h, w), with (drow, dcol) the position of i minus that of j: row
-    (drow + h - 1)(2w - 1) + (dcol + w - 1). The last three rows: [S] -> patch, patch -> [S], [S] -> [S].
+    Query patch i and key patch j have the row (drow + h - 1)(2w - 1) + (dcol + w - 1), where (drow, dcol) is
+    the position of i minus the position of j. The last three rows are for [S] -> patch, patch -> [S] and
+    [S] -> [S].
     """
     h, w = grid
     row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     row, col = row.flatten(), col.flatten()                        # (N,)
     drow = row[:, None] - row[None, :] + h - 1                     # (N, N), 0 ... 2h-2
     dcol = col[:, None] - col[None, :] + w - 1                     # (N, N), 0 ... 2w-2
-    patches = (2 * h - 1) * (2 * w - 1)
-    index = torch.full((1 + h * w, 1 + h * w), patches + 2)
-    index[0, 1:] = patches
-    index[1:, 0] = patches + 1
+    offsets = (2 * h - 1) * (2 * w - 1)
+    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
     index[1:, 1:] = drow * (2 * w - 1) + dcol
+    index[0, 1:] = offsets
+    index[1:, 0] = offsets + 1
+    index[0, 0] = offsets + 2
     return index
 
 
@@ -105,7 +111,7 @@ def relative_position_table(config):
 
 
 def truncated_normal_(tensor, std):
-    """Fill with N(0, std^2) cut at +-1 std, by inverse-CDF sampling: 20 times as fast as torch.nn.init."""
+    """Draw from N(0, std^2) cut at +-1 std, by inverse-CDF sampling. torch.nn.init takes 20 times as long."""
     within_one_std = math.erf(math.sqrt(0.5))
     with torch.no_grad():
         tensor.uniform_(-within_one_std, within_one_std).erfinv_().mul_(std * math.sqrt(2))
@@ -142,14 +148,15 @@ class Attention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)                # three of (B, heads, T, D/heads)
 
     def forward(self, x, position_bias=None):
+        """x (B, T, D), position_bias (1, heads, T, T), added to the scores. Returns (B, T, D)."""
         q, k, v = self.queries_keys_values(x)
         if position_bias is not None:
-            position_bias = position_bias.to(q.dtype)              # (1, heads, T, T)
+            position_bias = position_bias.to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias)
         return self.proj(x.transpose(1, 2).flatten(2))             # (B, heads, T, D/heads) -> (B, T, D)
 
-    def weights(self, x, position_bias=None):
-        """The softmax inside forward's fused kernel: (B, heads, T, T), rows sum to 1."""
+    def attention_weights(self, x, position_bias=None):
+        """softmax(q k^T / sqrt(d) + bias), which forward computes but does not return: (B, heads, T, T)."""
         q, k, _ = self.queries_keys_values(x)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         if position_bias is not None:
@@ -199,9 +206,10 @@ class VisionTransformer(nn.Module):
     """H_0 = [e_[S], E x^p_1, ..., E x^p_N] + E_pos, then L blocks (sec. 2.2).
 
     Initialisation (sec. 2.5)
-        weight matrices, [S], [M], E_pos      normal, std init_std, cut at +-1 std (the cut: released code);
-                                              heads have std 0.02, or less
+        weight matrices, [S], [M], E_pos      normal, std init_std, cut at +-1 std (the cut: released code)
         attn.proj and mlp.fc2 of block l      the same, divided by sqrt(2 l), l from 1
+        lm_head; the classifier's head        the same with std 0.02; with std 0.00002
+        the segmenter's decoder and head      PyTorch's defaults
         biases, relative-position tables      0
         LayerNorm                             weight 1, bias 0
         gamma_1, gamma_2                      layer_scale
@@ -220,12 +228,12 @@ class VisionTransformer(nn.Module):
             index = relative_position_index(config.grid)
             self.register_buffer("relative_position_index", index, persistent=False)
         if config.position == "shared_relative":
-            self.rel_pos_bias = nn.Module()                        # for the released parameter name
+            self.rel_pos_bias = nn.Module()                        # for the parameter's released name
             self.rel_pos_bias.relative_position_bias_table = relative_position_table(config)
-        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.checkpoint_blocks = False    # recompute blocks in the backward pass: slower, in less memory
+        self.checkpoint_blocks = False                             # True saves memory and takes longer
         self.register_load_state_dict_pre_hook(ignore_index_buffers)
         self.initialise()
 
@@ -250,13 +258,13 @@ class VisionTransformer(nn.Module):
     def attention_maps(self, images, layer=-1):
         """Softmax attention of a block, (B, heads, 1+N, 1+N): row = query, column = key, token 0 = [S].
 
-        Equal to what forward computes, position bias included. IndexError for a missing layer.
+        Equal to what forward computes in evaluation mode, position bias included. IndexError for a missing
+        layer; -1 is the last.
         """
-        layer = range(len(self.blocks))[layer]                     # -1 is the last
+        block, bias = self.blocks[layer], self.position_biases()[layer]
         x = self.add_cls_and_positions(self.embed_patches(images))
-        x = [x, *self.run_blocks(x)][layer]                        # what that block sees
-        block = self.blocks[layer]
-        return block.attn.weights(block.norm1(x), self.position_biases()[layer])
+        inputs = [x, *self.run_blocks(x)[:-1]]                     # of each block
+        return block.attn.attention_weights(block.norm1(inputs[layer]), bias)
 
     def embed_patches(self, images):
         """Normalise, and project the patches: (B, C, H, W) -> (B, N, D). ValueError for a wrong size."""
@@ -281,18 +289,18 @@ class VisionTransformer(nn.Module):
         return states
 
     def position_biases(self):
-        """For each block an additive attention bias, (1, heads, 1+N, 1+N); None with absolute positions."""
+        """The attention bias of each block, (1, heads, 1+N, 1+N), or None with absolute positions."""
         if self.config.position == "absolute":
             return [None] * len(self.blocks)
         if self.config.position == "relative":
-            return [self.look_up(block.attn.relative_position_bias_table) for block in self.blocks]
-        return [self.look_up(self.rel_pos_bias.relative_position_bias_table)] * len(self.blocks)
+            return [self.bias_from(block.attn.relative_position_bias_table) for block in self.blocks]
+        return [self.bias_from(self.rel_pos_bias.relative_position_bias_table)] * len(self.blocks)
 
-    def look_up(self, table):
+    def bias_from(self, table):
         return table[self.relative_position_index].permute(2, 0, 1)[None]    # (1, heads, 1+N, 1+N)
 
     def patch_pixels(self, images):
-        """Normalised pixels of each patch, targets of Table 4: (B, C, H, W) -> (B, h, w, C P P)."""
+        """Normalised pixels, to regress in place of tokens (Table 4): (B, C, H, W) -> (B, h, w, C P P)."""
         pixels = (images - self.pixel_mean) / self.pixel_std
         return F.pixel_unshuffle(pixels, self.config.patch_size).permute(0, 2, 3, 1)
 
@@ -303,7 +311,7 @@ class VisionTransformer(nn.Module):
 
 
 class MaskedImageModel(VisionTransformer):
-    """p(z' | x^M) = softmax(W_c h_i + b_c) over the visual tokens at the masked patches (sec. 2.3)."""
+    """Predicts visual tokens of masked patches: p(z' | x^M) = softmax(W_c h_i + b_c) (sec. 2.3)."""
 
     def __init__(self, config, vocab_size=8192):
         super().__init__(config)
@@ -316,8 +324,8 @@ class MaskedImageModel(VisionTransformer):
     def forward(self, images, mask, places=None):
         """images (B, C, H, W) in [0, 1]; mask (B, h, w) bool, True = replaced by e_[M].
 
-        places: where to predict, int64 (M,) indices into B h w; None: the masked places. Returns logits
-        (M, V) in this order; the head is computed at these places only.
+        places: int64 (M,), flat indices into (B, h, w) of the patches to predict; None: the masked ones.
+        Returns their logits (M, V), in the order of places. The head is computed there only.
         """
         expected = (len(images), *self.config.grid)
         check(mask.shape == expected and mask.dtype == torch.bool,
@@ -326,22 +334,22 @@ class MaskedImageModel(VisionTransformer):
         x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)    # before E_pos is added
         h = self.norm(self.run_blocks(self.add_cls_and_positions(x))[-1])[:, 1:]   # (B, N, D), without [S]
         if places is None:
-            places = mask.flatten().nonzero()[:, 0]
+            places = mask.flatten().nonzero()[:, 0]                # waits for a GPU; pretrain.py gives places
         return self.lm_head(h.flatten(0, 1)[places])               # (M, D) -> (M, V)
 
 
 class ImageClassifier(VisionTransformer):
-    """softmax(W_c mean_i h_i + b_c): average pooling of the patches, not [S], then a linear layer (sec. 2.6).
+    """Classifies the average of the patches, not [S]: softmax(W_c mean_i h_i + b_c) (sec. 2.6).
 
-    As released: fc_norm of the average in place of norm of the tokens, initial head weights times 0.001.
+    As released, fc_norm of the average takes the place of norm of the tokens.
     """
 
     def __init__(self, config, num_classes):
         super().__init__(config)
-        self.norm = nn.Identity()                                  # fc_norm takes its place
+        self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, num_classes)
-        truncated_normal_(self.head.weight, 0.02 * 0.001)
+        truncated_normal_(self.head.weight, 0.02 * 0.001)          # released: times 0.001
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
@@ -351,27 +359,28 @@ class ImageClassifier(VisionTransformer):
 
 
 class SemanticSegmenter(VisionTransformer):
-    """A class for each pixel: deconvolutions from the patches' H_L to full resolution (sec. 2.6).
+    """Classifies each pixel: deconvolutions upsample the patches' norm(H_L) to pixels (sec. 2.6).
 
-    For each factor of 2 in the patch size: 2x2 transposed convolution of stride 2, GroupNorm, GELU, of width
-    decoder_dim, half of it, and so on, at least 32. Then a 1x1 convolution and bilinear resizing to H x W.
+    Each level doubles the resolution, by a transposed convolution, GroupNorm and GELU, as often as 2 divides
+    the patch size. The first level has decoder_dim channels, the next half of it, but at least 32. A 1x1
+    convolution classifies; logits are resized bilinearly to H x W.
     """
 
     def __init__(self, config, num_classes, decoder_dim=256):
         super().__init__(config)
-        layers, width, factor = [], config.dim, 1
-        while config.patch_size % (2 * factor) == 0:
-            wider, width = width, max(32, decoder_dim // factor)
-            layers += [nn.ConvTranspose2d(wider, width, 2, stride=2), nn.GroupNorm(1, width), nn.GELU()]
-            factor *= 2
+        layers, n_in, scale = [], config.dim, 1
+        while config.patch_size % (2 * scale) == 0:
+            n_out = max(32, decoder_dim // scale)
+            layers += [nn.ConvTranspose2d(n_in, n_out, 2, stride=2), nn.GroupNorm(1, n_out), nn.GELU()]
+            n_in, scale = n_out, 2 * scale
         self.decoder = nn.Sequential(*layers)
-        self.head = nn.Conv2d(width, num_classes, kernel_size=1)
+        self.head = nn.Conv2d(n_in, num_classes, kernel_size=1)
 
     def forward(self, images):
         """images (B, C, H, W) in [0, 1]. Returns logits (B, classes, H, W)."""
         h = super().forward(images)[:, 1:]                         # (B, N, D), without [S]
         h = h.transpose(1, 2).unflatten(2, self.config.grid)       # (B, D, h, w)
-        logits = self.head(self.decoder(h))                        # (B, classes, h 2^k, w 2^k)
+        logits = self.head(self.decoder(h))                        # (B, classes, h scale, w scale)
         if logits.shape[-2:] == images.shape[-2:]:
             return logits
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")
@@ -380,8 +389,8 @@ class SemanticSegmenter(VisionTransformer):
 def resize_positions(state_dict, config, grid=None):
     """A copy of state_dict with E_pos and relative-position tables resized bicubically to the grid of config.
 
-    grid (h, w): the old one; None: that of config if the sizes fit, else a square. Rows of [S] are kept.
-    ValueError for sizes that fit no grid.
+    grid: the old (h, w); None: the grid of config if the sizes fit it, else a square. Rows of [S] are kept.
+    Raises ValueError for sizes that fit no grid.
     """
     resized = dict(state_dict)
     for name, value in state_dict.items():
@@ -408,6 +417,6 @@ def resize_rows(rows, old, new):
 
 
 def ignore_index_buffers(module, state_dict, *_):
-    """Released checkpoints hold relative_position_index, which follows from the config."""
+    """Before loading, delete relative_position_index of released checkpoints: it follows from the config."""
     for key in [key for key in state_dict if key.endswith("relative_position_index")]:
         del state_dict[key]

@@ -61,12 +61,12 @@ sys.path.insert(0, os.environ["ROOT"])
 sys.argv[0] = "pretrain.py"
 import conftest, pretrain, training
 conftest.few_scenes()
-exchange = training.Run.exchange
+all_reduce = training.Run.all_reduce
 def hurt(self, step, values):    # in the middle of a step, after its backward pass
     if step == int(os.environ["AT_STEP"]) and training.rank() == 0:
         os.kill(os.getpid(), int(os.environ["SIGNAL"]))
-    return exchange(self, step, values)
-training.Run.exchange = hurt
+    return all_reduce(self, step, values)
+training.Run.all_reduce = hurt
 pretrain.main()
 """
 

@@ -84,8 +84,8 @@ WRONG = {
         --out F/text | --out: ...F/text
         --device cuda | --device: ...cpu works without""",
     "finetune": """
-        | --init: runs/pretrain-shapes/model.pt is not there; `python pretrain.py` makes it, or --init FILE
-        --eval | --init: runs/finetune-shapes/model.pt is not there; `python finetune.py` makes it
+        | --init: runs/pretrain-shapes/model.pt is not there; `python pretrain.py` with the same
+        --eval | --init: runs/finetune-shapes/model.pt ...`python finetune.py --task classification`
         --init '' | --init: ...is a folder
         --init gone.pt | --init: gone.pt does not exist
         --init F/empty.pt | --init: F/empty.pt is empty
@@ -96,20 +96,19 @@ WRONG = {
         --init F/pretrained.pt --patch-size 4 | --init: ...16x3x8x8 there and 16x3x4x4 in the model
         --init F/pretrained.pt --position absolute | --init: ...--position shared_relative fits
         --init F/pretrained.pt --heads 3 | --heads: a divisor of dim 16, not 3
-        --init F/pretrained.pt --task probe --epochs 3 | --epochs: ...--steps
         --init F/pretrained.pt --eval --task knn | --eval: only with --task classification or segmentation
         --init F/pretrained.pt --out F/text | --out: ...F/text
-        --init none --task probe | --init: none leaves nothing to look at
+        --init none --task probe | --init: none leaves nothing to evaluate
         --init none --eval | --init: none leaves nothing to evaluate
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
         --init none --scale 1 | argument --scale: expected 2 arguments
-        --init none --scale 2 1 | --scale: two numbers above 0, the smaller first
+        --init none --scale 2 1 | --scale: the smaller number first, not (2.0, 1.0)
         --init none --scale 1 inf | --scale: a number from 1e-06 to inf, not inf
         --init none --ema 1 | --ema: a number from 0 to 0.999999
         --init none --labels 3 | --labels: from 10, one a class, to 10000
         --init none --validate 10000 | --validate: from 1 to 9999
         --init none --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
-        --init none --task segmentation --labels 50 | --labels: maps have no one class
+        --init none --task segmentation --labels 50 | --labels: not with --task segmentation
         --init none --task segmentation --data cifar10 | --data: cifar10 has no maps
         --init none --task segmentation --data F/images | --data: F/images ...images/training
         --init none --data F/images | --data: F/images needs train/ and val/
@@ -120,25 +119,25 @@ WRONG = {
         painting | argument WHAT: invalid choice: 'painting' ...masks
         masks --init a.pt | unrecognized arguments: --init a.pt
         masks --grid 4 | argument --grid: expected 2 arguments
-        masks --grid 0 4 | --grid: at least 1
-        masks --count 0 | --count: at least 1
+        masks --grid 0 4 | argument --grid: a whole number from 1 to ...not 0
+        masks --count 0 | argument --count: a whole number from 1
         masks --ratio 0 | --ratio: between 0 and 1 so that some of the 196 patches are masked
         masks --ratio nan | --ratio: between 0 and 1 ...not nan
-        masks --seed 99999999999999999999 | --seed: from 0 to 4294967295
-        masks --dpi 1000000 | --dpi: from 1 to 1200
+        masks --seed 99999999999999999999 | argument --seed: a whole number from 0 to 2147483647
+        masks --dpi 1000000 | argument --dpi: a whole number from 1 to 1200
         masks --out a.gif | --out: a file that ends in .png
-        masks --out F/folder.png | --out: F/folder.png is a folder; name a file
-        masks --out F/text/a.png | --out: F/text is not a folder
-        positions --init F/pretrained.pt --out /proc/a/b.png | --out: cannot make /proc/a
+        masks --out F/folder.png | --out: a file that ends in .png...not F/folder.png
+        masks --out F/text/a.png | --out: F/text/a.png cannot be written (
+        positions --init F/pretrained.pt --out /proc/a/b.png | --out: /proc/a/b.png cannot be written (
         masks --data gone | --data: gone is not a folder
         masks --images gone.jpg | --images: gone.jpg cannot be read
         masks --images F/text | --images: F/text cannot be read
-        positions | --init: runs/pretrain-shapes/model.pt is not there; `python pretrain.py` makes it
+        positions | --init: runs/pretrain-shapes/model.pt does not exist; `python pretrain.py` leaves
         positions --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer
-        predict --data F/images | --init: runs/pretrain-images/model.pt ...--data F/images --preset demo
+        predict --data F/images | --init: runs/pretrain-images/model.pt does not exist
         predict --init F/classifier.pt | --init: ...holds a ImageClassifier, not a MaskedImageModel
         predict --init F/pretrained.pt | --tokenizer: F/tokenizer/model.pt is not there; `python pretrain.py`
-        predict --init F/pretrained.pt --tokenizer F/other.pt | --tokenizer: it has 40 codes, the model
+        predict --init F/pretrained.pt --tokenizer F/other.pt | --tokenizer: F/other.pt has 40 codes
         predict --init F/pretrained.pt --tokenizer F/tokenizer.pt --ratio 0.01 | --ratio: ...of the 16 patches
         tokens --tokenizer F/pretrained.pt | --tokenizer: F/pretrained.pt holds a MaskedImageModel
         tokens --tokenizer F/tokenizer.pt --size 30 | --size: a multiple of 4
@@ -148,9 +147,8 @@ WRONG = {
         attention --init F/pretrained.pt --patch 9,9 | --patch: S, or ROW,COL from 0,0 to 3,3
         attention --init F/pretrained.pt --patch left | --patch: S, or ROW,COL
         attention-objects --init F/pretrained.pt --compare gone.pt | --compare: gone.pt does not exist
-        curves | --runs: runs/pretrain-shapes/metrics.jsonl is not there
-        curves --runs F/empty-log | --runs: F/empty-log/metrics.jsonl is empty
-        curves --runs F/broken-log | --runs: F/broken-log/metrics.jsonl is not a log""",
+        curves | --runs: runs/pretrain-shapes/metrics.jsonl is not the log ...No such file
+        curves --runs F/broken-log | --runs: F/broken-log/metrics.jsonl is not the log""",
     "bench": """
         --precison fp32 | unrecognized arguments: --precison fp32
         --batch-size 0 | --batch-size: at least 1
@@ -207,9 +205,8 @@ def files(tmp_path_factory):
     (folder / "empty.pt").write_bytes(b"")
     (folder / "web.pt").write_text("<html>not found</html>")
     (folder / "text").write_text("hello")
-    for name in ("folder", "folder.png", "empty-log", "broken-log", "hollow/FashionMNIST/raw"):
+    for name in ("folder", "folder.png", "broken-log", "hollow/FashionMNIST/raw"):
         (folder / name).mkdir(parents=True)
-    (folder / "empty-log/metrics.jsonl").write_text("")
     (folder / "broken-log/metrics.jsonl").write_text("loss 3\n")
     for split in ("train", "t10k"):
         for part in ("images-idx3", "labels-idx1"):

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 
 import data
 import finetune
-from data import BadFile, GlobalBatches, Images, Labelled, Shapes, Views, open_image, open_labelled
+from data import BadFile, Images, Labelled, Shapes, Views, open_image, open_labelled, rank_batches
 from masking import blockwise_mask
 from training import UserError
 
@@ -166,13 +166,13 @@ def test_each_file_is_opened_once_a_sample(tmp_path, monkeypatch):
 # ---- Batches ----
 
 def test_an_epoch_shows_no_image_twice():
-    keys = [key for batch in GlobalBatches(50, 12, seed=3, start=0, stop=8) for key in batch]
+    keys = [key for batch in rank_batches(50, 12, seed=3, start=0, stop=8) for key in batch]
     assert len(set(keys)) == 96 and {epoch for epoch, _ in keys} == {0, 1}
 
 
 def test_processes_and_parts_share_one_global_batch():
     def batches(**more):
-        return GlobalBatches(50, 12, seed=3, start=5, stop=7, **more)
+        return list(rank_batches(50, 12, seed=3, start=5, stop=7, **more))
     first, second = batches()
     dealt = [batches(parts=2, rank=rank, world_size=3) for rank in range(3)]
     assert all(len(mine) == 4 for mine in dealt)
@@ -228,11 +228,11 @@ def test_large_jpegs_are_decoded_reduced_and_upright(tmp_path, monkeypatch, turn
     image.save(tmp_path / "a.jpg", quality=95, exif=exif)
     whole = image.transpose(Image.Transpose[how]) if how else image
     for large, size in ((101, (250, 200)), (100, (125, 100)), (201, (500, 400))):
-        monkeypatch.setattr(data, "LARGE", large)
+        monkeypatch.setattr(data, "JPEG_MIN_SIDE", large)
         loaded = open_image(tmp_path / "a.jpg")
         assert loaded.size == (size if turn in (1, 3) else size[::-1])
         assert (tensor_of(loaded) - tensor_of(whole.resize(loaded.size))).abs().float().mean() < 3
-    monkeypatch.setattr(data, "LARGE", 100)
+    monkeypatch.setattr(data, "JPEG_MIN_SIDE", 100)
     assert data.open_file(tmp_path / "a.jpg", partial(data.upright_rgb, reduce=False)).size == whole.size
 
 
@@ -279,7 +279,7 @@ def test_files_that_vanish_or_are_forbidden(tmp_path, monkeypatch):
             open_image(path)
 
 
-@pytest.mark.parametrize("bad, ends", [(data.IN_A_ROW - 1, False), (data.IN_A_ROW, True)])
+@pytest.mark.parametrize("bad, ends", [(data.MAX_BAD_IN_A_ROW - 1, False), (data.MAX_BAD_IN_A_ROW, True)])
 def test_sixteen_unreadable_files_in_a_row_end_a_run(tmp_path, bad, ends):
     fill(tmp_path, 30)
     paths = data.image_paths(tmp_path)
@@ -395,7 +395,7 @@ def test_labelled_draws_depend_on_seed_epoch_and_index_alone():
 
 
 def test_erasing_paints_rectangles():
-    grey = torch.tensor(data.GREY, dtype=torch.uint8).view(3, 1, 1)
+    grey = torch.tensor(data.FILL_COLOUR, dtype=torch.uint8).view(3, 1, 1)
     plain, erased = (data.classification_transform(32, train=True, erasing=p) for p in (0.0, 1.0))
     for i in range(30):
         painted = (Labelled(Shapes("train"), erased)[0, i][0] == grey).all(0)

@@ -134,7 +134,7 @@ def test_pretrain_on_tokens_continue_and_finetune(gpu, tmp_path):
 def test_a_batch_moves_to_the_gpu_as_a_whole(gpu):
     """A GPU takes places of the CPU as indices, but waits for them."""
     image, mask = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.bool)
-    batch = pretrain.unpack(pretrain.collate([(image, image, mask)], "masked"), gpu)
+    batch = pretrain.to_device(pretrain.collate([(image, image, mask)], "masked"), gpu)
     assert {tensor.device for tensor in batch} == {gpu}
 
 

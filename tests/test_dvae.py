@@ -233,14 +233,14 @@ def test_what_a_run_leaves(run):
 
 
 def test_a_run_that_died_continues_bit_for_bit(run, tmp_path, monkeypatch):
-    exchange = training.Run.exchange
+    all_reduce = training.Run.all_reduce
 
     def dying(self, step, values):
         if step == 5:
             raise RuntimeError("died")
-        return exchange(self, step, values)
+        return all_reduce(self, step, values)
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "exchange", dying)
+        patch.setattr(training.Run, "all_reduce", dying)
         with pytest.raises(RuntimeError, match="died"):
             dvae.train(configured(tmp_path), CPU)
     dvae.train(configured(tmp_path), CPU)

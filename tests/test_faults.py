@@ -315,7 +315,7 @@ def test_a_signal_ends_the_run_after_the_step(place, number, torchrun, record_fa
 
 
 def test_a_signal_to_one_rank_stops_all(place, record_fault):
-    """It comes between the exchange of step 5 and the end of that step: all stop after step 6."""
+    """It comes between the all-reduce of step 5 and the end of that step: all stop after step 6."""
     out = place / "one"
     hurt = ("update, calls = training.Precision.update, []\n"
             "def hurt(*args):\n"
@@ -473,7 +473,7 @@ def test_two_damaged_checkpoints_are_one_line_and_stay(place, record_fault):
 # ---- Numbers that are not finite ----
 
 NOT_FINITE = """
-unpack, seed_step, steps = pretrain.unpack, training.seed_step, []
+unpack, seed_step, steps = pretrain.to_device, training.seed_step, []
 def noted(seed, step):
     steps.append(step + 1)
     seed_step(seed, step)
@@ -482,7 +482,7 @@ def hurt(*args):
     if steps[-1] == 8 and training.rank() == 1:
         images[0] = float("nan")
     return images, *more
-pretrain.unpack, training.seed_step = hurt, noted
+pretrain.to_device, training.seed_step = hurt, noted
 """
 
 

@@ -2,7 +2,6 @@
 import json
 import math
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -42,7 +41,6 @@ def pretrained(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     monkeypatch.setattr(data.Shapes, "__len__", lambda self: 300 if self.split == "train" else 50)
-    monkeypatch.setattr(finetune, "pictures", partial(finetune.pictures, count=2))
 
 
 def configured(out, *flags):
@@ -62,12 +60,11 @@ def test_classification_from_pretrained_weights(pretrained, tmp_path, capsys):
                  "--randaugment", "9", "--ema", "0.9", "--eval-every", "3")
     said = capsys.readouterr().out
     assert re.search(r"taken from .*ours, masked image modeling.*: \d+ tensors\n", said)
-    assert "the shared position table, into one for each block; norm, into fc_norm" in said
-    assert "new: head; left behind: lm_head, mask_token" in said
+    assert "fc_norm" in said and "new: head; left behind: lm_head, mask_token" in said
     assert 0 <= result["top1"] <= result["top5"] <= 1
     lines = log(tmp_path / "a")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and "val_top1" in lines[2]
-    assert (tmp_path / "a" / "predict.png").stat().st_size > 1000
+    assert (tmp_path / "a" / "predictions.png").stat().st_size > 1000
     assert not any("mask_token" in name for name in weights.load(tmp_path / "a" / "model.pt")[0])
 
 
@@ -107,22 +104,23 @@ def test_learns_labels(pretrained, tmp_path):
     assert loss.item() < 0.05 and (model(images).argmax(-1) == labels).all()
 
 
-def test_continues_bit_for_bit(pretrained, tmp_path, monkeypatch):
-    flags = ["--init", pretrained, "--drop-path", "0.2", "--mixup", "0.8", "--ema", "0.5"]
+@pytest.mark.parametrize("more", ["--drop-path 0.2 --mixup 0.8 --ema 0.5", "--task probe"])
+def test_continues_bit_for_bit(pretrained, tmp_path, monkeypatch, more):
+    flags = ["--init", pretrained, *more.split()]
     run(tmp_path / "whole", *flags)
-    end = training.Run.end_of_step
+    end = training.Run.save_or_stop
 
     def dies(self, step, **parts):
         end(self, step, **parts)
         if step == 4:
             raise KeyboardInterrupt
-    monkeypatch.setattr(training.Run, "end_of_step", dies)
+    monkeypatch.setattr(training.Run, "save_or_stop", dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", *flags)
-    monkeypatch.setattr(training.Run, "end_of_step", end)
+    monkeypatch.setattr(training.Run, "save_or_stop", end)
     run(tmp_path / "cut", *flags)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
-    whole, cut = (weights.load(tmp_path / name / "model.pt")[0] for name in ("whole", "cut"))
+    whole, cut = (torch.load(tmp_path / name / "model.pt")["model"] for name in ("whole", "cut"))
     assert equal(whole, cut)
 
 
@@ -175,8 +173,8 @@ def test_evaluation_counts_each_image_once(pretrained, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         for rank in range(world_size):
             monkeypatch.setenv("RANK", str(rank))
-            finetune.evaluate(model, views, len(classes), config, FP32, CPU)
-    alone, *three = shares[1::2]    # loss, images, top1, top5
+            finetune.evaluate_labels(model, views, config, FP32, CPU)
+    alone, *three = shares    # loss, images, top1, top5
     assert alone[1] == 47 and [share[1] for share in three] == [16, 16, 15]
     torch.testing.assert_close(alone, sum(three))
 
@@ -322,20 +320,43 @@ def test_image_and_map_are_transformed_together():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-# ---- Probes ----
+# ---- Frozen features ----
 
 @pytest.mark.parametrize("task", ["probe", "knn"])
-def test_probes(pretrained, tmp_path, task, monkeypatch):
-    result = run(tmp_path / "a", "--task", task, "--init", pretrained)
-    assert set(result["top1_by_layer"]) == {"patches", "[S]"} and len(result["top1_by_layer"]["patches"]) == 2
+def test_probes(pretrained, tmp_path, task):
+    result = run(tmp_path / "a", "--task", task, "--init", pretrained, "--eval-every", "2")
+    by_layer = result["top1_by_layer"]
+    assert list(by_layer) == ["patches", "[S]"] and len(by_layer["patches"]) == len(by_layer["[S]"]) == 2
+    assert result["top1"] == max(by_layer["patches"]) == by_layer["patches"][result["layer"] - 1]
     assert (tmp_path / "a" / "layers.png").exists()
-    (tmp_path / "a" / "result.json").unlink()
-    monkeypatch.setattr(finetune, "extract", None)    # the features are there already
-    assert run(tmp_path / "a", "--task", task, "--init", pretrained) == result
+
+
+def test_each_probe_sees_its_layer_and_the_backbone_stays(pretrained):
+    model = finetune.LinearProbe(weights.load(pretrained)[1]["config"], 5)
+    nn.init.normal_(model.head.weight)
+    images = torch.rand(3, 3, 32, 32)
+    logits = model.train()(images)
+    assert logits.shape == (3, 5, 2, 2)
+    for layer, h in enumerate(model.hidden_states(images)):
+        for kind, feature in enumerate((h[:, 1:].mean(1), h[:, 0])):
+            weight = model.head.weight.view(2, 2, 5, 16)[layer, kind]
+            expected = F.layer_norm(feature, (16,)) @ weight.t()
+            torch.testing.assert_close(logits[:, :, layer, kind], expected, atol=1e-4, rtol=1e-4)
+    logits[:, :, 1, 0].square().sum().backward()
+    touched = model.head.weight.grad.view(2, 2, 5, 16).any(-1).any(-1)
+    assert touched.tolist() == [[False, False], [True, False]]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+
+
+def test_the_loss_of_probes_is_the_mean_of_theirs():
+    logits, labels = torch.randn(4, 5, 3, 2), torch.arange(4)
+    losses = [F.cross_entropy(logits[:, :, layer, kind], labels, label_smoothing=0.1)
+              for layer in range(3) for kind in range(2)]
+    torch.testing.assert_close(finetune.loss_of(logits, labels, 0.1), torch.stack(losses).mean())
 
 
 def test_features_are_those_of_each_layer(pretrained, tmp_path):
-    config = configured(tmp_path, "--task", "probe", "--init", pretrained)
+    config = configured(tmp_path, "--task", "knn", "--init", pretrained)
     _, views, _ = finetune.open_views(config)
     model = vit.VisionTransformer(config.backbone)
     weights.initialise(model, config.init)
@@ -347,29 +368,32 @@ def test_features_are_those_of_each_layer(pretrained, tmp_path):
     torch.testing.assert_close(features[7, 0, 1].float(), states[0][0, 0], atol=2e-3, rtol=2e-3)
 
 
-def test_linear_probe_separates_what_is_separable(tmp_path, pretrained):
-    torch.manual_seed(0)
-    labels = torch.arange(200) % 3
-    features = torch.randn(200, 2, 2, 8)
-    features[:, 1, 0, :3] += 6 * F.one_hot(labels, 3)    # only the second layer's patches know the class
-    config = configured(tmp_path, "--task", "probe", "--init", pretrained, "--steps", "200", "--lr", "1e-2",
-                        "--batch-size", "100")
-    accuracy = finetune.linear_accuracy(features[:150], labels[:150], features[150:], labels[150:], 3, config)
-    assert accuracy[1, 0] > 0.95 and accuracy[0].max() < 0.6 and accuracy[1, 1] < 0.6
+def at(*degrees):
+    """(n, 2), on the unit circle."""
+    angle = torch.tensor(degrees) * math.pi / 180
+    return torch.stack([angle.cos(), angle.sin()], -1)
 
 
 def test_knn_by_hand():
-    def at(*degrees):    # (n, 1, 1, 2), on the unit circle
-        angle = torch.tensor(degrees) * math.pi / 180
-        return torch.stack([angle.cos(), angle.sin()], -1)[:, None, None, :]
-
-    lengths = torch.tensor([1.0, 5.0, 2.0, 1.0, 3.0]).view(5, 1, 1, 1)
-    known, labels = at(0.0, 10.0, 90.0, 100.0, 30.0) * lengths, torch.tensor([0, 0, 1, 1, 1])
+    known = at(0.0, 10.0, 90.0, 100.0, 30.0) * torch.tensor([[1.0], [5.0], [2.0], [1.0], [3.0]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
     test = at(20.0, 62.0)    # the nearest two of 20 degrees: 10 (0), 30 (1), tied; of 62: 90 (1), 30 (1)
-    assert finetune.knn_accuracy(known, labels, test, torch.tensor([0, 1]), 3, 3).item() == 1
-    assert finetune.knn_accuracy(known, labels, test, torch.tensor([1, 0]), 3, 3).item() == 0
+    assert finetune.knn_accuracy(known, labels, test, torch.tensor([0, 1]), 3, 3) == 1
+    assert finetune.knn_accuracy(known, labels, test, torch.tensor([1, 0]), 3, 3) == 0
     # all five vote, three of them for 1: still 0, by weight and not by count
-    assert finetune.knn_accuracy(known, labels, test[:1], torch.tensor([0]), 2, 5).item() == 1
+    assert finetune.knn_accuracy(known, labels, test[:1], torch.tensor([0]), 2, 5) == 1
+
+
+def test_processes_share_the_neighbours(monkeypatch):
+    """Each process keeps a part of the training images: the nearest of all parts vote."""
+    torch.manual_seed(0)
+    known, labels = torch.randn(40, 3), torch.arange(40) % 4
+    test, truth = torch.randn(30, 3), torch.arange(30) % 4
+    alone, other = finetune.knn_accuracy(known, labels, test, truth, 4, 5), []
+    monkeypatch.setattr(finetune, "gather", lambda tensor: other.append(tensor) or tensor)
+    finetune.knn_accuracy(known[37:], labels[37:], test, truth, 4, 5)    # a process with three images
+    monkeypatch.setattr(finetune, "gather", lambda tensor: torch.cat([tensor, other.pop(0)]))
+    assert finetune.knn_accuracy(known[:37], labels[:37], test, truth, 4, 5) == alone
 
 
 # ---- Flags that the data or the checkpoint decide on; more in test_commands.py ----
@@ -377,9 +401,8 @@ def test_knn_by_hand():
 @pytest.mark.parametrize("flags, message", [
     (["--labels", "299"], "--labels: 299 are "),
     (["--validate", "300"], "--validate: from 1 to 299, not 300"),
-    (["--dim", "32"], "is 1x1x16 there and 1x1x32 in the model"),
-    (["--layer-scale", "0"], "and the model has not"),
-    (["--task", "probe", "--preset", "base"], "--preset: --task probe has its own, not base"),
+    (["--dim", "32"], "cls_token"),
+    (["--layer-scale", "0"], "gamma_1"),
     (["--task", "segmentation", "--preset", "base-384"], "with --task segmentation, not base-384"),
 ])
 def test_wrong_use_is_one_line(pretrained, tmp_path, flags, message):
@@ -393,13 +416,13 @@ def test_without_pretrained_weights_the_command_that_makes_them_is_named(tmp_pat
     with pytest.raises(UserError, match="runs/pretrain-shapes/model.pt is not there; `python pretrain.py` "):
         training.parse(finetune.Config, finetune.PRESETS, [], finetune.complete)
     flags = ["--eval", "--task", "segmentation"]
-    with pytest.raises(UserError, match="python finetune.py --task segmentation"):
+    with pytest.raises(UserError, match="`python finetune.py --task segmentation`"):
         training.parse(finetune.Config, finetune.PRESETS, flags, finetune.complete)
 
 
-def test_the_papers_presets():
+def test_the_papers_presets(pretrained):
     def preset(*flags):
-        flags = ["--init", "none", "--data", "x", *flags]
+        flags = ["--data", "x", *flags] if "--init" in flags else ["--init", "none", "--data", "x", *flags]
         return training.parse(finetune.Config, finetune.PRESETS, flags, finetune.complete)
 
     base, large, ade = preset(), preset("--preset", "large"), preset("--task", "segmentation")
@@ -410,6 +433,9 @@ def test_the_papers_presets():
     assert (large.epochs, large.layer_decay, large.warmup * large.epochs) == (50, 0.75, 5)
     assert (ade.steps, ade.batch_size, ade.image_size, ade.lr, ade.min_lr) == (160_000, 16, 512, 1e-3, 0)
     assert ade.warmup * ade.steps == 1500 and preset("--preset", "base-384").image_size == 384
+    probe = preset("--task", "probe", "--init", str(pretrained), "--preset", "large")
+    assert (probe.epochs, probe.batch_size, probe.lr, probe.weight_decay) == (50, 1024, 4e-3, 1e-4)
+    assert probe.dim == 16 and probe.position == "shared_relative"     # from the file
     for name in ("tiny", "small", "base", "large"):
         config = preset("--task", "segmentation", "--preset", name)
         assert config.image_size == 512 and config.dim == vit.PRESETS[name].dim

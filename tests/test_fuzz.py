@@ -1,7 +1,4 @@
-"""Thousands of damaged and hostile files: each loads, or is refused in one line that names it. None is run.
-
-Cases run in forked children, some hundred each; a child that dies or hangs fails the case that it was at.
-"""
+"""Thousands of damaged and hostile files: each loads, or is refused in one line. None is run."""
 import argparse
 import dataclasses
 import io
@@ -13,6 +10,7 @@ import resource
 import signal
 import traceback
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,7 +134,7 @@ def hostile_files(whole):
             yield what, pickled
 
 
-# ---- Cases in children ----
+# ---- Cases, in a forked process, which a file may end ----
 
 def saved(value, zipped=True):
     file = io.BytesIO()
@@ -144,66 +142,46 @@ def saved(value, zipped=True):
     return file.getvalue()
 
 
-def outcome(load, path):
-    """None, or what was wrong with the way in which load took the file."""
-    try:
-        load(path)
-    except ValueError as error:
-        ours = type(error) in (ValueError, training.UserError)
-        if not ours or path.name not in str(error) or "\n" in str(error):
-            return f"{type(error).__name__}: {str(error)[:300]!r}"
-    except BaseException:
-        return traceback.format_exc()[-1500:]
-    return None
-
-
-def run_cases(folder, cases, progress):
-    """In a child: write each file, load it, and append what was wrong to the file "wrong"."""
+def wrong_outcomes(cases, folder):
+    """In a process: write and load each case (what, load, path, bytes). Returns what was wrong, in words."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
     resource.setrlimit(resource.RLIMIT_AS, (int(12e9),) * 2)
-    for index, (name, load, path, content) in cases:
+    wrong = []
+    for what, load, path, content in cases:
         path.write_bytes(content)
-        progress.write_text(str(index))
-        signal.alarm(SECONDS)    # kills the child: nothing catches it
-        problem = outcome(load, path)
+        signal.alarm(SECONDS)    # ends the process: nothing catches it
+        try:
+            load(path)
+        except ValueError as error:
+            ours = type(error) in (ValueError, training.UserError)
+            if not ours or path.name not in str(error) or "\n" in str(error):
+                wrong.append(f"{what}: {type(error).__name__}: {str(error)[:300]!r}")
+        except BaseException:
+            wrong.append(f"{what}: {traceback.format_exc()[-1500:]}")
         signal.alarm(0)
-        if (folder / CANARY).exists():
-            problem = "it was run"
-            (folder / CANARY).unlink()
-        if problem:
-            with open("wrong", "a") as file:
-                file.write(json.dumps([name, problem]) + "\n")
+        if Path(CANARY).exists():
+            wrong.append(f"{what}: it was run")
+            Path(CANARY).unlink()
+    return wrong
 
 
 @pytest.fixture
 def check(tmp_path, record_fault):
-    """check(fault, cases): run cases (name, load, path, bytes) in children; fails if any went wrong."""
-    def check(fault, cases, batch=250):
-        folder, cases, at, wrong = tmp_path / "children", list(enumerate(cases)), 0, []
-        folder.mkdir()
-        progress = folder / "progress"
-        while at < len(cases):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run_cases(folder, cases[at:at + batch], progress)
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            _, status = os.waitpid(pid, 0)
-            if status:    # the rest goes to the next child
-                at = int(progress.read_text())
-                wrong.append((cases[at][1][0], f"ended the process with status {status}"))
-            at = at + 1 if status else at + batch
-        if (folder / "wrong").exists():
-            wrong += [json.loads(line) for line in (folder / "wrong").read_text().splitlines()]
+    """check(fault, cases): run cases (what, load, path, bytes) in a process; fails if any went wrong."""
+    def check(fault, cases):
+        cases, (reader, writer) = list(cases), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(writer, json.dumps(wrong_outcomes(cases, tmp_path)).encode()[:60_000])
+            os._exit(0)
+        os.close(writer)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, f"{fault}: a file ended the process, or took longer than {SECONDS} seconds"
+        with open(reader) as file:
+            wrong = json.loads(file.read())
         record_fault(fault, len(cases), len(wrong))
-        lines = [f"{what}: {why}" for what, why in wrong[:12]]
-        assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}:", *lines])
+        assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}:", *wrong[:12]])
     return check
 
 

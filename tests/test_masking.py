@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from masking import blockwise_mask, random_mask
+from masking import blockwise_mask, mask_a_part, random_mask
 
 
 def rng(seed=0):
@@ -39,7 +41,8 @@ def test_as_printed_overshoots_by_less_than_a_block():
     assert min(counts) == 79 and max(counts) <= 78 + 18 and len(set(counts)) > 3    # 16, and rounding
 
 
-@pytest.mark.parametrize("wanted, exact", [(0, True), (4, True), (-1, True), (3, False), (1.5, True)])
+@pytest.mark.parametrize("wanted, exact", [(0, True), (4, True), (-1, True), (3, False), (1.5, True),
+                                           (float("inf"), True), (2.0, True)])
 def test_impossible_requests(wanted, exact):
     with pytest.raises(ValueError, match="num_masked"):
         blockwise_mask((2, 2), wanted, rng(), exact=exact)
@@ -81,13 +84,10 @@ def test_smallest_block_scales_with_the_grid():
 
 
 class Draws:
-    """A generator whose uniform draws are those given, for every block."""
+    """A generator whose uniform draws are those given, again and again."""
 
     def __init__(self, *values):
-        self.values = values
-
-    def random(self, shape):
-        return np.tile(self.values, (shape[0], 1))
+        self.random = itertools.cycle(values).__next__
 
     def choice(self, cells, count, replace):
         return cells[-count:]
@@ -95,21 +95,34 @@ class Draws:
 
 @pytest.mark.parametrize("options", [{}, {"log_aspect": True}])
 def test_a_block_has_the_drawn_size_aspect_and_place(options):
+    def draw(wanted, s, r, t, l):
+        draws = Draws(s, *[r] * (1 + len(options)), t, l)
+        return blockwise_mask((20, 20), wanted, draws, min_block=64, min_aspect=0.25, **options)
+
     for r, t, l, box in ((0, 0, 0, (0, 0, 4, 16)), (0, 0.999, 0.999, (16, 4, 20, 20)),
                          (0.99999, 0.5, 0, (2, 0, 18, 4))):
-        mask = blockwise_mask((20, 20), 64, Draws(0.3, r, t, l, 0), min_block=64, min_aspect=0.25, **options)
+        mask = draw(64, 0.3, r, t, l)
         rows, cols = np.nonzero(mask)
         assert (rows.min(), cols.min(), rows.max() + 1, cols.max() + 1) == box and mask.sum() == 64
     a, b = (12, 5) if not options else (8, 8)    # the middle of 0.25 .. 4: 2.125, or 1 in logarithms
-    mask = blockwise_mask((20, 20), a * b, Draws(0, 0.5, 0, 0, 0), min_block=64, min_aspect=0.25, **options)
-    assert mask[:a, :b].all()
+    assert draw(a * b, 0, 0.5, 0, 0)[:a, :b].all()
 
 
 def test_blocks_are_drawn_between_the_smallest_and_what_is_missing():
     for s, side in ((0, 4), (0.999, 8)):                               # 16 .. 64 patches, squares
-        mask = blockwise_mask((20, 20), 64, Draws(s, 0, 0, 0, 0), min_block=16, min_aspect=1)
-        assert mask[:side, :side].all() and mask.sum() == 64    # the block, again and again in one place,
-        assert mask[-4:].sum() == 64 - side ** 2    # and the rest patch by patch
+        mask = blockwise_mask((20, 20), 64, Draws(s, 0, 0, 0), min_block=16, min_aspect=1)
+        assert mask[:side, :side].all() and mask.sum() == 64           # one block, again and again,
+        assert mask[-4:].sum() == 64 - side ** 2                       # then the rest patch by patch
+
+
+@pytest.mark.parametrize("by_columns, last", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_last_block_is_masked_in_part(by_columns, last):
+    M = np.zeros((3, 4), dtype=bool)
+    M[0, 0] = True
+    mask_a_part(M, 4, Draws(by_columns, last))
+    added = [[(0, 1), (0, 2), (0, 3), (1, 0)], [(2, 0), (2, 1), (2, 2), (2, 3)],
+             [(1, 0), (2, 0), (0, 1), (1, 1)], [(2, 2), (0, 3), (1, 3), (2, 3)]][2 * by_columns + last]
+    assert {tuple(place) for place in np.argwhere(M)} == {(0, 0), *added}
 
 
 def test_log_aspect_makes_tall_and_wide_equally_likely():

@@ -1,189 +1,105 @@
-"""reproduce.py: plans are commands that the scripts take; runs are done once; tables and plots come out."""
+"""tools/reproduce.py: commands that the scripts take, done once and in order; tables and plots of results."""
+import dataclasses
+import importlib
 import json
+import re
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-import dvae
-import finetune
-import pretrain
-import reproduce
 import training
-from training import UserError
-
-SCRIPTS = {"dvae.py": dvae, "pretrain.py": pretrain, "finetune.py": finetune}
-
-
-def lab(folder, scale="full", seeds=2):
-    return reproduce.Lab(reproduce.SCALES[scale], Path(folder), "data", seeds)
+import vit
+from tools import reproduce
 
 
-def planned(one):
-    return reproduce.with_needs([job for claim in reproduce.CLAIMS.values() for job in claim(one)[0]])
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_scripts_take_the_commands_of_all_claims(scale, tmp_path):
+    commands, args = {}, SimpleNamespace(out=tmp_path, scale=scale, seeds=2)
+    for lab in [reproduce.Lab(claim, args) for claim in reproduce.CLAIMS]:
+        assert {len(cells) for cells in lab.table.rows.values()} == {len(lab.table.columns)}
+        for name, command in lab.runs.items():
+            assert set(re.findall(r"\{out\}/(\S+)/model.pt", command)) <= lab.runs.keys()
+            assert commands.setdefault(name, command) == command, name
+    for name, command in commands.items():
+        script, *flags = command.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        config = training.parse(module.Config, module.PRESETS, flags)
+        assert config.out == f"{{out}}/{name}" and config.device == "cpu"
+        assert ("--tokenizer" in flags) == (script == "pretrain.py" and config.target == "tokens")
 
 
-def flag(job, name):
-    return job.flags[job.flags.index(name) + 1] if name in job.flags else None
+def finish(folder, top1, model):
+    """Leave what a run leaves, with made-up numbers."""
+    result = {"top1": top1, "mean_iou": top1 / 2, "val_loss": 3.21,
+              "top1_by_layer": {"patches": [0.1, 0.2, 0.3, top1], "[S]": [0] * 4}}
+    lines = [{"step": step, "loss": 1} | ({"val_top1": step / 100} if step % 2 else {}) for step in range(12)]
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "seconds.txt").write_text("30\n30\n")
+    torch.save(model, folder / "model.pt")
 
 
-def finish(job):
-    """Leave what a run leaves, with made-up numbers; fine-tuning is best at a learning rate of 4e-3."""
-    layers = {"patches": [0.1, 0.2, 0.3, 0.4], "[S]": [0.1, 0.2, 0.3, 0.4]}
-    top1 = 0.9 if "-0.004" in job.out.name else 0.5 + len(job.out.name) / 400
-    result = {"top1": top1, "mean_iou": 0.4, "val_loss": 3.0, "top1_by_layer": layers}
-    lines = [json.dumps({"step": step, "val_top1": step / 100}) + "\n" for step in range(10, 70, 10)]
-    ratios = "  pre-trained  1.50  1.25  1.00  0.75\n  random weights  1.00  1.00  1.00  1.00\n"
-    job.out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("plan.txt", job.plan), ("result.json", json.dumps(result)), ("log.txt", ratios),
-                       ("metrics.jsonl", "".join(lines)), ("attention.png", ""), ("seconds.txt", "30\n30\n")):
-        (job.out / name).write_text(text)
-
-
-@pytest.mark.parametrize("scale", list(reproduce.SCALES))
-def test_every_run_has_a_folder_of_its_own_and_flags_that_its_script_takes(tmp_path, scale):
-    folders = {}
-    for job in [job for claim in reproduce.CLAIMS.values()
-                for job in reproduce.with_needs(claim(lab(tmp_path, scale))[0])]:
-        assert folders.setdefault(job.out, job) == job, f"two runs in {job.out}"
-    for job in folders.values():
-        if job.script in SCRIPTS:
-            task = flag(job, "--task")
-            script, preset = SCRIPTS[job.script], []
-            if task in ("probe", "knn"):
-                preset = ["--preset", task]    # which finetune.py adds by itself
-            config = training.parse(script.Config, script.PRESETS, [*job.flags, *preset])
-            assert config.out == str(job.out) and config.device == "cpu"
-
-
-def test_fine_tuning_has_the_learning_rate_that_the_held_out_split_chose(tmp_path):
-    before = {job.out.name: job for job in planned(lab(tmp_path))}
-    job = before["finetune-beit-1000-0"]
-    tunings = {f"tune-beit-{lr:g}" for lr in reproduce.GRID}
-    assert not job.finished and {one.out.name for one in job.needs} >= tunings
-    for name, one in before.items():
-        if name.startswith("tune-"):
-            assert "--validate" in one.flags and flag(one, "--seed") == "100"
-            finish(one)
-    after = {job.out.name: job for job in planned(lab(tmp_path))}["finetune-beit-1000-0"]
-    assert flag(after, "--lr") == "0.004" and "--validate" not in after.flags
-
-
-@pytest.mark.parametrize("scale", list(reproduce.SCALES))
-def test_only_runs_of_the_convergence_figure_are_evaluated_on_the_way(tmp_path, scale):
-    one = lab(tmp_path, scale)
-    shown = {job.out for job in reproduce.convergence(one)[0]}
-    for job in planned(one):
-        if job.script == "finetune.py" and "--eval-every" in job.flags:
-            steps, every = int(flag(job, "--steps")), int(flag(job, "--eval-every"))
-            assert len({*range(every, steps + 1, every), steps}) == (6 if job.out in shown else 1), job.out
-
-
-def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch, capsys):
+def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for wanted in ("tune-", ""):    # the others' learning rates are known after these
-        for job in planned(lab("runs/full", seeds=3)):
-            if job.out.name.startswith(wanted):
-                finish(job)
-    (tmp_path / "data/FashionMNIST/raw").mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--scale", "full", "--out", "runs"])
-    reproduce.main()
-    for claim in reproduce.CLAIMS:
-        text = (tmp_path / "figures" / f"reproduce-{claim}.md").read_text()
-        rows = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(rows) >= 4 and len({line.count("|") for line in rows}) == 1, claim
-        seeds = "One seed" if claim in ("probe", "attention") else "Mean ± standard deviation of 3 seeds"
-        assert f". {seeds}; " in text, claim
-        assert (tmp_path / "figures" / f"reproduce-{claim}.png").stat().st_size > 5000
-    table = (tmp_path / "figures/reproduce-ablations.md").read_text()
-    assert "82.86" in table and "80.50" in table and "36.73" in table and " ± " in table
+    config = vit.ViTConfig(image_size=16, patch_size=8, dim=8, depth=4, heads=2)
+    model = {"model": vit.MaskedImageModel(config, 4).state_dict(), "kind": "MaskedImageModel",
+             "config": {"vit": dataclasses.asdict(config), "vocab_size": 4}}
+    args, text = SimpleNamespace(out=tmp_path / "runs", scale="full", seeds=2), {}
+    labs = {claim: reproduce.Lab(claim, args) for claim in reproduce.CLAIMS}
+    for name in {name for lab in labs.values() for name in lab.runs}:
+        finish(args.out / name, 0.8 if "-1-" in name else 0.7, model)  # seed 1; the others
+    for claim, lab in labs.items():
+        reproduce.report(claim, args)
+        text[claim] = (tmp_path / f"figures/reproduce-{claim}.md").read_text()
+        assert ("of 2 seeds" in text[claim]) == (claim not in ("probe", "attention", "tune"))
+        assert f"{len(lab.runs)} runs, {len(lab.runs)} minutes of one core" in text[claim]
+        assert (tmp_path / f"figures/reproduce-{claim}.png").stat().st_size > 5000
+    assert "| − blockwise masking | 75.0 ± 7.1 | 82.77 | 37.5 ± 3.5 | 42.93 |" in text["ablations"]
+    assert "| pre-trained | 1.00 ± 0.00 | 3.00 ± 0.00 | 5.00 ± 0.00 | 7.00" in text["convergence"]
+    assert "| 96,000 | 3.21 | 75.0 ± 7.1 | 82.86 (300 epochs) |" in text["longer"]
+    assert "| linear probe, random weights | 10.0 | 20.0 | 30.0 | 70.0 |" in text["probe"]
+    assert "| from scratch | 70.0 | 70.0 | 70.0 | 0.001 |" in text["tune"]
+    assert re.search(r"\| 12,800 \| [01]\.\d\d \|", text["attention"])    # near 1: the weights are random
 
 
-NOTE = """
+SCRIPT = """
 import pathlib, sys
-out = pathlib.Path(sys.argv[1])
-{code}
-(out / "result.json").write_text("{{}}")
+out = pathlib.Path(sys.argv[2])
+print(1 / int(sys.argv[4]))
 open(out.parent / "order", "a").write(out.name + " ")
+(out / "result.json").write_text("{}")
 """
 
 
-def test_runs_are_done_once_in_order_and_a_failed_one_is_named(tmp_path, monkeypatch):
-    def job(name, *needs, code="0"):
-        return reproduce.Job("pretrain.py", (code,), tmp_path / name, needs, 1.0)
-
-    first, other = job("first", code="import time; time.sleep(0.5)"), job("other")
-    plan = [job("last", first, other), job("broken", first, code="1/0")]
-    monkeypatch.setattr(reproduce.Job, "command", lambda self: [
-        sys.executable, "-c", NOTE.format(code=self.flags[0]), str(self.out)])
-    reproduce.run(lambda: plan[:1], 3)
-    reproduce.run(lambda: plan[:1], 3)
-    order = (tmp_path / "order").read_text().split()
-    assert order == ["other", "first", "last"]
-    assert plan[0].seconds > 0
-    with pytest.raises(ChildProcessError, match="status 1 .ZeroDivisionError.*broken/log.txt"):
-        reproduce.run(lambda: plan, 2)
-
-
-def test_a_run_of_another_plan_is_not_taken_for_this_one(tmp_path):
-    def job(name, *needs, code="0", root="data"):
-        flags = ("--code", code, "--data-root", root, "--out", str(tmp_path / name))
-        return reproduce.Job("pretrain.py", flags, tmp_path / name, needs, 1.0)
-
-    another = "--out: .*{} is a run of another plan, this one has `pretrain.py --code 1 --out first`"
-    changed = job("last", job("first", code="1"))
-    for one in (job("first"), job("last", job("first"))):
-        finish(one)
-    job("last", job("first", root="elsewhere")).check()    # the same images at another place
-    with pytest.raises(UserError, match=another.format("first")):
-        changed.needs[0].check()
-    with pytest.raises(UserError, match=another.format("last")):    # what it was started from has changed
-        changed.check()
-    (tmp_path / "last/plan.txt").unlink()
-    with pytest.raises(UserError, match="last is a run of another plan"):
-        changed.check()
-    with pytest.raises(UserError, match="first is a run of another plan"):
-        reproduce.run(lambda: [changed], 1)
+def test_runs_are_done_once_after_what_they_start_from(tmp_path, monkeypatch):
+    for script in ("pretrain.py", "finetune.py"):
+        (tmp_path / script).write_text(SCRIPT)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    args = SimpleNamespace(out=tmp_path / "runs", data_root="data", jobs=2)
+    runs = {"last": "finetune.py --out {out}/last --number 1 --init {out}/first/model.pt",
+            "first": "pretrain.py --out {out}/first --number 1"}
+    for command in (runs["last"], runs["last"], runs["last"].replace("number 1", "number 2")):
+        reproduce.execute({**runs, "last": command}, args)
+    assert (args.out / "order").read_text() == "first last last "      # other flags: the script decides
+    broken = {"broken": "pretrain.py --out {out}/broken --number 0",
+              "after": "finetune.py --out {out}/after --number 1 --init {out}/broken/model.pt"}
+    with pytest.raises(ChildProcessError, match="broken: status 1, ZeroDivisionError.*broken/log.txt"):
+        reproduce.execute(broken, args)
+    assert not (args.out / "after").exists()
 
 
-def test_the_list_runs_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, words", [
+    ("all --list --scale full", "mask-ratio: How much is masked.*runs to do, 2 at a time: about"),
+    ("--help", "75 %"), ("everything", "argument claim: invalid choice: 'everything'"),
+    ("probe --seeds 0", "error: --seeds, --jobs: at least 1, not 0")])
+def test_command_lines_that_run_nothing(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "all", "--list", "--scale", "full"])
-    reproduce.main()
-    printed = capsys.readouterr().out
-    assert all(f"{claim}: " in printed for claim in reproduce.CLAIMS) and "hours" in printed
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("claim", ["attention", "segmentation"])
-def test_claims_about_shapes_need_no_files(claim, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", claim])
-    monkeypatch.setattr(reproduce, "run", lambda plan, parallel: ran.extend(plan()))
-    monkeypatch.setattr(reproduce, "write", lambda lab, name, args, seeds: ran.append(name))
-    reproduce.main()
-    assert len(ran) > 2 and ran[-1] == claim
-
-
-@pytest.mark.parametrize("flags, line", [
-    (["everything"], "argument claim: invalid choice: 'everything'"),
-    (["probe", "--seeds", "0"], "--seeds: at least 1, not 0"),
-    (["probe", "--scale", "huge"], "argument --scale: invalid choice: 'huge'"),
-    (["probe", "--data-root", "nowhere"], "--data-root: nowhere has no FashionMNIST/raw")])
-def test_wrong_flags_are_one_line(flags, line, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
-    with pytest.raises(SystemExit) as end:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags.split(), "--jobs", "2"])
+    try:
         reproduce.main()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and last.startswith(f"reproduce.py: error: {line}")
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_is_printed(monkeypatch, capsys):
-    """The per-cent signs of the claims are not taken for formats."""
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--help"])
-    with pytest.raises(SystemExit) as end:
-        reproduce.main()
-    assert end.value.code == 0 and "75 %" in capsys.readouterr().out
+    except SystemExit as end:
+        assert end.code == (0 if flags == "--help" else 2)
+    assert re.search(words, "".join(capsys.readouterr()), re.DOTALL) and not list(tmp_path.iterdir())

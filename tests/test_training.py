@@ -1,4 +1,4 @@
-"""Schedules, flags, the one exchange of a step, and the folder of a run: locks, logs, checkpoints, damage."""
+"""Schedules, flags, the all-reduce of a step, and the folder of a run: locks, logs, checkpoints, damage."""
 import dataclasses
 import json
 import math
@@ -262,7 +262,7 @@ def test_a_process_that_was_killed_leaves_no_lock(tmp_path):
 
 # ---- Steps and the log ----
 
-def test_one_exchange_a_step(tmp_path, monkeypatch):
+def test_one_all_reduce_per_step(tmp_path, monkeypatch):
     """Means over two processes, and the word that the other one was told to stop, in one all-reduce."""
     run, calls, other = open_run(tmp_path), [], torch.tensor([3.0, 8.0, 0.0])
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -271,20 +271,21 @@ def test_one_exchange_a_step(tmp_path, monkeypatch):
         calls.append(tensor)
         return tensor + other / 2
     monkeypatch.setattr(training, "all_sum", all_sum)
-    assert run.exchange(1, torch.tensor([1.0, 2.0])) == [2.0, 5.0] and len(calls) == 1 and not run.told
+    assert run.all_reduce(1, torch.tensor([1.0, 2.0])) == [2.0, 5.0]
+    assert len(calls) == 1 and not run.stop_signal
     other[2] = signal.SIGINT
-    run.exchange(2, torch.tensor([1.0, 2.0]))
-    assert run.told == signal.SIGTERM and len(calls) == 2
+    run.all_reduce(2, torch.tensor([1.0, 2.0]))
+    assert run.stop_signal == signal.SIGTERM and len(calls) == 2
     other[0] = math.nan
     with pytest.raises(FloatingPointError, match="^step 3: the loss is nan"):
-        run.exchange(3, torch.tensor([1.0, 2.0]))
+        run.all_reduce(3, torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     run = open_run(tmp_path)
     with pytest.raises(FloatingPointError, match=f"^step 5: the loss is {value}; .*--lr.*--precision"):
-        run.exchange(5, torch.tensor([value, 1.0]))
+        run.all_reduce(5, torch.tensor([value, 1.0]))
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):
@@ -304,13 +305,23 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, monkeypatch, number):
     for step in run.progress("train"):
         if step == 2:
             signal.raise_signal(number)
-        run.exchange(step + 1, torch.ones(1))
-        run.end_of_step(step + 1, model=model)
+        run.all_reduce(step + 1, torch.ones(1))
+        run.save_or_stop(step + 1, model=model)
         if ended:
             break
     assert ended == [(os.getpid(), number)] and signal.getsignal(number) == signal.SIG_DFL
     assert step == 2 and torch.load(tmp_path / "last.pt")["step"] == 3
     signal.signal(number, before)
+
+
+def test_a_signal_after_the_last_all_reduce_is_not_lost(tmp_path, monkeypatch):
+    run, ended = open_run(tmp_path), []
+    monkeypatch.setattr(os, "kill", lambda process, signal: ended.append(signal))
+    for step in run.progress("train"):
+        run.all_reduce(step + 1, torch.ones(1))
+        if step == run.steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
 
 
 def test_handlers_are_put_back(tmp_path):
@@ -332,7 +343,7 @@ def test_images_per_second_leaves_out_the_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     for step in run.progress("train"):
         clock[0] += 2
-        run.exchange(step + 1, torch.ones(1))
+        run.all_reduce(step + 1, torch.ones(1))
         clock[0] += 100 * (step % 2)
         run.log(step + 1, loss=1.0, **{"val_loss": 1.0} if step % 2 else {})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

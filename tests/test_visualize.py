@@ -62,15 +62,6 @@ def scenes(count, side):
 
 # ---- Masks ----
 
-def test_region_sizes_by_hand():
-    masks = np.array([[[1, 1, 0], [0, 1, 0], [1, 0, 1]], [[1, 1, 1], [1, 0, 1], [1, 1, 1]]], dtype=bool)
-    assert sorted(visualize.region_sizes(masks)) == [1, 1, 3, 8]
-
-
-def test_regions_do_not_reach_into_the_next_mask():
-    assert visualize.region_sizes(np.ones((5, 2, 3), dtype=bool)).tolist() == [6] * 5
-
-
 def test_masked_cells_are_those_of_the_mask():
     image, mask = torch.rand(3, 32, 32) * 0.3, np.zeros((4, 4), bool)
     mask[1, 2] = mask[3, 0] = True
@@ -80,13 +71,13 @@ def test_masked_cells_are_those_of_the_mask():
 
 def test_masks_figure():
     rng = np.random.default_rng(0)
-    blockwise = np.stack([masking.blockwise_mask((14, 14), 78, rng) for _ in range(4)])
-    random = np.stack([masking.random_mask((14, 14), 78, rng) for _ in range(4)])
-    statistics = visualize.mask_statistics((14, 14), 78, rng, draws=200)
-    exact, printed = statistics["counts"].values()
-    assert (exact == 78).all() and (printed > 78).all()
-    assert np.mean(statistics["random"]) < 5 < 20 < np.mean(statistics["blockwise"])
-    assert_drawn(visualize.figure_masks(scenes(4, 56), blockwise, random, statistics))
+    masks = {"blockwise": [masking.blockwise_mask((14, 14), 75, rng) for _ in range(4)],
+             "random": [masking.random_mask((14, 14), 75, rng) for _ in range(4)]}
+    coverage = {label: np.mean(drawn, axis=0) for label, drawn in masks.items()}
+    figure = visualize.figure_masks(scenes(4, 56), masks, coverage)
+    assert_drawn(figure)
+    assert figure.axes[0].get_ylabel() == "blockwise\n75 of 196"
+    np.testing.assert_array_equal(figure.axes[4].images[0].get_array(), coverage["blockwise"])
 
 
 # ---- Tokens ----
@@ -97,21 +88,14 @@ def test_the_same_token_has_the_same_colour_and_others_have_others():
     assert 0 <= colours.min() and colours.max() <= 1
 
 
-def test_code_pages_show_patches_of_their_code():
+def test_tokens_figure_shows_the_most_used_codes_and_their_patches():
     images = torch.zeros(1, 3, 4, 4)
-    images[0, :, :2, :2] = 0.9
-    images[0, :, 2:, 2:] = 0.9
-    first, second = visualize.code_pages(images, torch.tensor([[[5, 2], [6, 5]]]), 2)
-    assert first[:2] == (5, 0.5) and len(first[2]) == 2 and (first[2] == 0.9).all()
-    assert second[1] == 0.25 and (second[2] == 0).all()
-
-
-def test_tokens_figure():
-    tokenizer, images = small_tokenizer(), scenes(4, 16)
-    tokens = tokenizer.tokenize(images)
-    pages = visualize.code_pages(images, tokens, 5)
-    pages = [page for page in pages if page[2].std() > 0] or pages
-    assert_drawn(visualize.figure_tokens(images, tokens, images, tokenizer.decode(tokens), pages))
+    images[0, :, :2, :2] = images[0, :, 2:, 2:] = 0.9
+    figure = visualize.figure_tokens(images, torch.tensor([[[5, 2], [6, 5]]]), images, images / 2)
+    *pictures, first, second, third = figure.axes
+    assert first.get_title() == "5: 50.0%" and not third.images
+    assert all((axis.images[0].get_array() == np.float32(0.9)).all() for axis in (first, second))
+    assert pictures[3].get_ylabel() == "hard codes\nerror 0.1013"
 
 
 @torch.no_grad()
@@ -147,7 +131,7 @@ def test_predictions_without_masks_and_decoder_and_of_pixels():
     assert torch.equal(right, everywhere == tokenizer.tokenize(token_images))
     assert torch.equal((columns["right tokens"] == 0.5).all(1)[:, ::8, ::8], ~right)
     figure = visualize.figure_predictions(columns, mask, torch.ones_like(right))
-    assert figure.axes[0].get_ylabel() == "16 of 16\n100%"
+    assert figure.axes[2].get_xlabel() == "16 of 16: 100%"
     mask[:, 1:3, 1:3] = True
     pixels = vit.MaskedImageModel(model.config, 3 * 8 * 8).eval()
     columns, right = visualize.predictions(pixels, images, mask)
@@ -169,14 +153,6 @@ def test_every_attention_map_is_attention_maps_of_each_layer(position):
             torch.testing.assert_close(one, model.attention_maps(images, layer))
 
 
-def test_rollout_by_hand():
-    first, second = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    expected = (torch.eye(2) + second) / 2 @ ((torch.eye(2) + first) / 2)
-    out = visualize.rollout([first[None, None].expand(1, 3, 2, 2), second[None, None].expand(1, 3, 2, 2)])
-    torch.testing.assert_close(out, expected[None, None])
-    torch.testing.assert_close(out.sum(-1), torch.ones(1, 1, 2))
-
-
 def moved(grid, by):
     """Each patch attends to the one `by` rows and columns further, around the edges, and [S] to patch 0."""
     (h, w), attention = grid, torch.zeros(1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
@@ -193,12 +169,12 @@ def test_the_marked_patch_is_the_one_whose_row_is_plotted():
     assert visualize.reference_maps(attention, (2, 1), grid)[0].nonzero().tolist() == [[3, 3]]
     assert visualize.reference_maps(attention, "S", grid)[0].nonzero().tolist() == [[0, 0]]
     figure = visualize.figure_attention(torch.rand(3, 32, 48), attention, [(2, 1), "S"], grid)
-    image, heat = figure.axes[0], figure.axes[1]
+    image, heat, _, of_cls = figure.axes[:4]                           # image, mean, head; then those of [S]
     (x,), (y,) = image.lines[0].get_data()
     assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1)    # the mark is in patch (2, 1)
     drawn_map = heat.images[1].get_array()
     assert np.argwhere(drawn_map == drawn_map.max()).tolist() == [[3, 3]]
-    assert not figure.axes[2].lines    # [S] has no place
+    assert not of_cls.lines                                            # [S] has no place
     assert_drawn(figure)
 
 
@@ -215,18 +191,18 @@ def test_the_overlay_lies_on_the_image_within_a_patch():
     assert panels[1][0].images[0].get_extent() == panels[1][0].images[1].get_extent()
 
 
-def test_a_figure_has_mean_largest_and_each_head():
+def test_a_figure_has_the_mean_and_each_head():
     maps = torch.stack([moved((2, 2), (0, 1)), moved((2, 2), (1, 0))])
     figure = visualize.figure_attention(torch.rand(3, 8, 8), maps, [(0, 0)], (2, 2), "title")
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["patch 0,0", "mean of heads", "largest of heads", "head 1", "head 2"]
-    mean, largest = (figure.axes[i].images[1].get_array() for i in (1, 2))
-    assert mean.tolist() == [[0, 0.5], [0.5, 0]] and largest.tolist() == [[0, 1], [1, 0]]
+    assert [axis.get_title() for axis in figure.axes] == ["", "mean of heads", "head 1", "head 2"]
+    assert figure.axes[0].get_ylabel() == "patch 0,0"
+    mean, head = (figure.axes[i].images[1].get_array() for i in (1, 3))
+    assert mean.tolist() == [[0, 0.5], [0.5, 0]] and head.tolist() == [[0, 0], [1, 0]]
 
 
 def test_twelve_heads_fit():
     figure = visualize.figure_attention(torch.rand(3, 16, 16), torch.rand(12, 5, 5), [(0, 0), (1, 1)], (2, 2))
-    assert sum(axis.get_title().startswith("head") for axis in figure.axes) == 24
+    assert sum(axis.get_title().startswith("head") for axis in figure.axes) == 12 and len(figure.axes) == 28
     assert_drawn(figure)
 
 
@@ -260,10 +236,33 @@ def test_object_attention_by_hand():
     torch.testing.assert_close(visualize.object_attention([far], wide, near=1), torch.tensor([2.0]))
 
 
-def test_attention_figures_are_drawn():
-    assert_drawn(visualize.figure_attention_distance({"a": torch.rand(3, 2), "b": torch.rand(3, 2)}))
-    assert_drawn(visualize.figure_object_attention({"all": {"a": torch.rand(3), "b": torch.rand(3)},
-                                                    "far": {"a": torch.rand(3)}}))
+def test_lines_by_layer():
+    values, heads = [0.2, 0.4, 0.3], torch.rand(3, 2)
+    panels = {"all": {"a": values, "b": torch.rand(3)}, "far": {"a": heads}}
+    figure = visualize.figure_by_layer(panels, "ratio")
+    assert_drawn(figure)
+    first, second = figure.axes
+    assert first.lines[0].get_ydata().tolist() == pytest.approx(values) and len(first.lines) == 2
+    np.testing.assert_allclose(second.lines[-1].get_ydata(), heads.mean(1))    # after a dot for each head
+    assert first.get_title() == "all" and first.get_ylabel() == "ratio"
+
+
+def test_results_of_finetuning_are_drawn():
+    images, classes = torch.rand(3, 3, 16, 16), ["a", "$b", "c"]       # a $ is no formula
+    share = torch.tensor([0.1, 0.7, 0.2])
+    figure = visualize.figure_classes(images, [1, 0, 2], [share] * 3, classes)
+    picture, bars = figure.axes[:2]
+    assert picture.get_title() == "$b" and bars.texts[0].get_text() == "$b  70%"
+    right, wrong, _ = bars.patches
+    assert right.get_width() == pytest.approx(0.7) and right.get_facecolor() != wrong.get_facecolor()
+    assert_drawn(figure)
+    truth = torch.zeros(16, 16, dtype=torch.uint8)
+    truth[8:], truth[0] = 1, data.IGNORE
+    figure = visualize.figure_segments(images, [truth] * 3, [truth.long().clamp(max=2)] * 3, classes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == classes
+    colours = figure.axes[1].images[0].get_array()
+    assert (colours[0] == 1).all() and (colours[1:8] == 0).all() and np.ptp(colours[8:]) > 0
+    assert_drawn(figure)
 
 
 @pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
@@ -300,19 +299,23 @@ def log_of(folder, steps=50, **config):
     lines = [dict(step=i, loss=5 - i / 20, accuracy=i / 100, lr=1e-3, images_per_second=100 + i % 3,
                   unigram_entropy=4.5, majority_accuracy=0.1, chance_loss=5.2) for i in range(1, steps + 1)]
     lines[-1]["val_loss"] = 2.6
-    twice = (*lines[:10], *lines[8:])    # two steps were logged twice
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in twice))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-def test_curves_are_labelled_by_what_differs(tmp_path):
-    runs = visualize.read_runs([log_of(tmp_path / "a", lr=1e-3, masking="random"),
-                                log_of(tmp_path / "b", lr=1e-3, masking="blockwise")])
-    assert list(runs) == ["masking random", "masking blockwise"]
-    assert [line["step"] for line in runs["masking random"]] == list(range(1, 51))
+def test_curves_of_several_runs(tmp_path):
+    folders = [log_of(tmp_path / "a"), log_of(tmp_path / "b", steps=20)]
+    runs = visualize.read_runs(folders)
+    assert list(runs) == [str(folder) for folder in folders]
+    assert [line["step"] for line in runs[str(folders[0])]] == list(range(1, 51))
     figure = visualize.figure_curves(runs)
     assert_drawn(figure)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+    loss, accuracy, _, _ = figure.axes
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert labels == ["unigram entropy", "chance loss"] and accuracy.get_legend()
+    assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [5.2, 5.2]
+    (points,) = [line for line in loss.lines if line.get_marker() == "o"][:1]
+    assert points.get_xydata().tolist() == [[50, 2.6]]
 
 
 def test_logs_that_are_half_written_or_damaged(tmp_path):
@@ -320,20 +323,12 @@ def test_logs_that_are_half_written_or_damaged(tmp_path):
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole + '{"step": 51, "lo')    # a run that is writing
     assert [line["step"] for line in visualize.read_runs([folder])[str(folder)]] == list(range(1, 51))
-    for text, named in ((whole + '{"step": 51, "lo\n', "is not a log of a training script: .{\"step\": 51"),
-                        ("[1]\n", "is not a log"), ("", "is empty")):
+    for text in (whole + '{"step": 51, "lo\n', "[1]\n"):
         (folder / "metrics.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=f"a/metrics.jsonl {named}"):
+        with pytest.raises(ValueError, match="a/metrics.jsonl is not the log of a training script"):
             visualize.read_runs([folder])
-    (folder / "metrics.jsonl").write_text(whole)
-    for text in ("{", "[1]"):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="a/config.json is not the config of a run"):
-            visualize.read_runs([folder])
-
-
-def test_one_run_is_called_by_its_folder(tmp_path):
-    assert list(visualize.read_runs([log_of(tmp_path / "a") / "metrics.jsonl"])) == [str(tmp_path / "a")]
+    with pytest.raises(ValueError, match="b/metrics.jsonl is not the log .*No such file"):
+        visualize.read_runs([tmp_path / "b"])
 
 
 def test_smooth_is_a_centred_mean():
@@ -352,6 +347,7 @@ def run(tmp_path_factory):
     (folder / "runs").mkdir()
     out = log_of(folder / "runs/pretrain-shapes")
     (out / "tokenizer").mkdir()
+    (out / "tokenizer/config.json").write_text('{"image_size": 16}')
     for path, one, sizes in ((out / "tokenizer/model.pt", tokenizer, tokenizer.config),
                              (out / "model.pt", model, config)):
         torch.save({"kind": type(one).__name__, "config": sizes, "model": one.state_dict()}, path)
@@ -364,23 +360,17 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", [
-    "masks --grid 6 9 --ratio 0.2 --count 2", "tokens --count 2 --codes 4",
-    "tokens --images icon.png --codes 4", "predict --count 3", "predict --count 1 --ratio 0.6",
+    "masks --grid 6 9 --ratio 0.2 --count 2", "tokens --count 2", "tokens --images icon.png",
+    "predict --count 3", "predict --count 1 --ratio 0.6",
     "predict --images large.jpg grey.png icon.png", "attention --patch 1,2 --patch S --layer 1",
-    "attention --images grey.png --size 64", "attention --rollout", "attention-distance --count 2",
+    "attention --images grey.png --size 64", "attention-distance --count 2",
     "attention-objects --count 4", "positions", "curves", "pipeline", "pipeline --images large.jpg"])
 def test_each_command_draws(monkeypatch, run, words):
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "argv", ["visualize.py", *words.split(), "--out", "out.png", "--dpi", "40"])
     visualize.main()
     picture = np.array(Image.open("out.png"))[..., :3]
-    assert min(picture.shape[:2]) > 100 and picture.std() > 5
-
-
-def test_whole_pictures_keep_their_shape():
-    assert visualize.whole(Image.new("RGB", (4000, 3000)), 32, 8).shape == (1, 3, 32, 40)
-    assert visualize.whole(Image.new("L", (20, 30)).convert("RGB"), 32, 8).shape == (1, 3, 48, 32)
-    assert visualize.whole(Image.new("RGB", (1000, 10)), 32, 8).shape == (1, 3, 32, 96)
+    assert min(picture.shape[:2]) > 80 and picture.std() > 5
 
 
 @pytest.mark.long
@@ -398,12 +388,3 @@ def test_an_unreadable_held_out_image_is_named(tmp_path):
     args = types.SimpleNamespace(images=None, data=str(tmp_path), data_root="data", first=0)
     with pytest.raises(UserError, match="--data: .*0.png cannot be read"):
         visualize.open_pictures(args, 1)
-
-
-def test_pictures_of_tokens_have_the_size_of_the_runs_own_tokenizer(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/model.pt").write_bytes(b"")
-    (tmp_path / "elsewhere/config.json").write_text('{"image_size": 32}')
-    (tmp_path / "config.json").write_text(json.dumps({"tokenizer": str(tmp_path / "elsewhere/model.pt")}))
-    args = types.SimpleNamespace(tokenizer=None, init=str(tmp_path / "model.pt"), data="shapes")
-    assert visualize.default_token_side(args, types.SimpleNamespace(downsample=4)) == 32

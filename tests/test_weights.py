@@ -1,31 +1,26 @@
 import argparse
+import collections
 import dataclasses
+import functools
 import os
+import pathlib
 import pickle
-from functools import partial
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal
 
-import dvae
 import training
 import vit
 import weights
 
 ZIP_OR_OLDER = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
-SMALL = dict(n_hid=64, n_blk_per_group=1, vocab_size=512)
-WIDE = dict(n_hid=128, n_blk_per_group=2, vocab_size=8192)
-
-
-class Evil:
-    """Runs a command when it is unpickled by anything that does not refuse."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
+POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+SCALES = pytest.mark.parametrize("layer_scale", [0.0, 0.1])
+SIZES = pytest.mark.parametrize("image_size", [32, 48])
+close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 
 
 def save(value, path, zipped=True):
@@ -41,246 +36,251 @@ def randomised(model):
     return model.eval()
 
 
+def backbone(position="shared_relative", image_size=32, depth=2, layer_scale=0.0, heads=1):
+    return vit.ViTConfig(image_size=image_size, patch_size=8, dim=64, depth=depth, heads=heads,
+                         position=position, layer_scale=layer_scale)
+
+
+def kept(model, path, classes=None):
+    """model.pt as a run leaves it."""
+    config = {"vit": dataclasses.asdict(model.config), "classes": classes and list(classes)}
+    return save({"model": model.state_dict(), "config": config, "kind": type(model).__name__}, path)
+
+
 # ---- Tokenizers ----
 
-@pytest.fixture(scope="module")
-def dall_e():
-    return pytest.importorskip("dall_e")
-
-
 @pytest.fixture
-def public(dall_e, tmp_path):
+def public(tmp_path):
     """encoder.pkl and decoder.pkl as DALL-E's own classes pickle, with random weights and biases."""
-    def make(zipped=True, **sizes):
+    dall_e = pytest.importorskip("dall_e")
+
+    def make(zipped=True, hidden=64, blocks=1, codes=512):
         torch.manual_seed(0)
-        modules = [dall_e.Encoder(**sizes), dall_e.Decoder(**sizes)]
-        for parameter in (p for module in modules for p in module.parameters() if p.dim() == 1):
+        parts = [Part(n_hid=hidden, n_blk_per_group=blocks, vocab_size=codes)
+                 for Part in (dall_e.Encoder, dall_e.Decoder)]
+        for parameter in (p for part in parts for p in part.parameters() if p.dim() == 1):
             parameter.data.normal_(std=0.1)
         names = ("encoder.pkl", "decoder.pkl")
-        return *modules, *(save(module, tmp_path / name, zipped) for module, name in zip(modules, names))
+        return *parts, *(save(part, tmp_path / name, zipped) for part, name in zip(parts, names))
     return make
 
 
-@pytest.mark.parametrize("zipped, sizes", [(True, SMALL), (False, SMALL), (True, WIDE)],
-                         ids=["zip", "older", "wide"])
-def test_dall_e_computes_the_same(dall_e, public, zipped, sizes):
-    encoder, decoder, *paths = public(zipped, **sizes)
+@pytest.mark.parametrize("sizes", [(True, 64, 1, 512), (False, 64, 1, 512), (True, 128, 2, 8192)])
+def test_dall_e_computes_the_same(public, sizes):
+    dall_e = pytest.importorskip("dall_e")
+    encoder, decoder, *paths = public(*sizes)
     model = weights.load_dalle(*paths)
-    assert model.vocab_size == sizes["vocab_size"] and model.downsample == 8 and not model.training
-    assert model.config == dict(vocab_size=sizes["vocab_size"], hidden=sizes["n_hid"], groups=4,
-                                blocks_per_group=sizes["n_blk_per_group"], in_channels=3)
-    for height, width in ((16, 16), (40, 24)):
-        images = torch.rand(2, 3, height, width)
-        logits = encoder(dall_e.map_pixels(images))
-        torch.testing.assert_close(model.encode(images), logits, atol=1e-5, rtol=1e-5)
-        tokens = logits.argmax(1)
-        assert torch.equal(model.tokenize(images), tokens)
-        z = torch.nn.functional.one_hot(tokens, model.vocab_size).permute(0, 3, 1, 2).float()
-        theirs = dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3]))
-        torch.testing.assert_close(model.decode(tokens), theirs, atol=1e-5, rtol=1e-5)
+    assert not model.training and list(model.config.values()) == [sizes[3], sizes[1], 4, sizes[2], 3]
+    images = torch.rand(2, 3, 40, 24)
+    logits = encoder(dall_e.map_pixels(images))
+    close(model.encode(images), logits)
+    assert torch.equal(model.tokenize(images), logits.argmax(1))
+    z = torch.nn.functional.one_hot(logits.argmax(1), model.vocab_size).permute(0, 3, 1, 2).float()
+    close(model.decode(logits.argmax(1)), dall_e.unmap_pixels(torch.sigmoid(decoder(z)[:, :3])))
 
 
-def test_a_tokenizer_without_decoder(public):
-    *_, encoder, decoder = public(**SMALL)
+def test_parts_of_dall_e(public, tmp_path):
+    module, _, encoder, decoder = public()
+    del module.blocks.group_2
+    broken, state = save(module, tmp_path / "x.pkl"), save(module.state_dict(), tmp_path / "y.pkl")
+    for paths, message in (((decoder,), "decoder.pkl holds a Decoder, not DALL-E's pickled Encoder"),
+                           ((encoder, encoder), "encoder.pkl holds a Encoder, not DALL-E's pickled Decoder"),
+                           ((broken,), "x.pkl does not fit DALL-E's architecture .*group_2"),
+                           ((state,), "y.pkl holds a dict, not DALL-E's pickled Encoder")):
+        with pytest.raises(ValueError, match=message):
+            weights.load_dalle(*paths)
     assert weights.load_tokenizer(encoder).decoder is not None         # found beside it
     decoder.unlink()
-    model = weights.load_tokenizer(encoder)
-    assert model.decoder is None and model.tokenize(torch.rand(1, 3, 16, 16)).shape == (1, 2, 2)
-    with pytest.raises(ValueError, match="has no decoder"):
-        model.decode(torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert weights.load_tokenizer(encoder).decoder is None
 
 
-def test_a_tokenizer_of_ours(tmp_path):
-    ours = randomised(dvae.DiscreteVAE(32, 8, 3, 1))
-    kept = {"model": ours.state_dict(), "config": ours.config, "kind": "DiscreteVAE"}
-    path = save(kept, tmp_path / "model.pt")
-    images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(weights.load_tokenizer(path).tokenize(images), ours.tokenize(images))
-    save({"model": {}, "config": {}, "kind": "MaskedImageModel"}, path)
-    with pytest.raises(training.UserError, match="^--tokenizer: .*model.pt holds a MaskedImageModel; "):
-        weights.load_tokenizer(path)
+# ---- Files that could do harm ----
+
+class Call:
+    """Calls a function when it is unpickled by anything that does not refuse."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("load", [weights.load, weights.load_dalle, weights.load_tokenizer])
+def test_a_payload_does_not_run(tmp_path, load):
+    ran, path = tmp_path / "ran", tmp_path / "encoder.pkl"
+    payload = Call(os.system, f"touch {ran}")
+    files = [save({"model": payload}, path, zipped).read_bytes() for zipped in (True, False)]
+    for content in files + [pickle.dumps(payload, protocol) for protocol in (0, 2, 4, 5)]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="encoder.pkl asks for (posix|nt).system, .* it was run"):
+            load(path)
+    assert not ran.exists()
+    pickle.loads(content)                                              # and it would have run
+    assert ran.exists()
+
+
+@ZIP_OR_OLDER
+@pytest.mark.parametrize("wanted", [eval, getattr, pickle.loads, torch.load, torch.nn.Linear, np.load,
+                                    torch.storage._load_from_bytes])
+def test_nothing_else_is_found(tmp_path, zipped, wanted):
+    with pytest.raises(ValueError, match=f"asks for .*{wanted.__name__}"):
+        weights.read(save([torch.zeros(3), wanted], tmp_path / "x.pt", zipped))
+
+
+@pytest.mark.parametrize("name", ["torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_parameter",
+                                  "dall_e.utils\nConv2d", "collections\nOrderedDict"])
+def test_what_is_found_cannot_be_changed(tmp_path, monkeypatch, name):
+    """BUILD sets attributes of what is on the stack; torch.load writes a file if a class has dump_patches."""
+    monkeypatch.chdir(tmp_path)
+    flag = b"X\x0c\0\0\0dump_patches\x88s"
+    header = (torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True})
+    for state in (b"}" + flag, b"N}" + flag + b"\x86"):
+        body = b"\x80\x02(U\x06modulec" + name.encode() + b"\n" + state + b"bU\x01aU\x01btQ."
+        pathlib.Path("x.pkl").write_bytes(b"".join(pickle.dumps(value, 2) for value in header) + body)
+        with pytest.raises(ValueError, match="x.pkl "):
+            weights.read("x.pkl")
+    assert os.listdir() == ["x.pkl"]
+    for known in (weights.StandIn, weights.Rebuilt, collections.OrderedDict):
+        assert not hasattr(known, "dump_patches")
 
 
 # ---- Files that are refused ----
 
-@ZIP_OR_OLDER
-def test_a_pickle_that_calls_the_system(tmp_path, zipped):
-    ran = tmp_path / "ran"
-    path = save(Evil(f"touch {ran}"), tmp_path / "encoder.pkl", zipped)
-    with pytest.raises(ValueError, match="encoder.pkl asks for (posix|nt).system, .*; nothing of it was run"):
-        weights.load_dalle(path)
-    assert not ran.exists()
-    torch.load(path, weights_only=False)                               # and it would have run
-    assert ran.exists()
+def test_damaged_files_and_other_files(tmp_path, monkeypatch):
+    state, path = vit.MaskedImageModel(backbone(), 50).state_dict(), tmp_path / "x.pt"
+    older, whole = (save(state, path, zipped).read_bytes() for zipped in (False, True))
+    cuts = [file[:int(share * len(file))] for file in (older, whole) for share in (0.001, 0.5, 0.999)]
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch.jit.load runs code"))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x/constants.pkl", "of TorchScript")
+    for content in (b"", b"<html>not found</html>", b"hello", pickle.dumps([1]), path.read_bytes(), *cuts):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x.pt is cut off, damaged or no file of weights \(\w+: .*\)$"):
+            weights.load(path)
+    at = whole.index(state["cls_token"].numpy().tobytes())
+    path.write_bytes(whole[:at] + b"\0" + whole[at + 1:])
+    with pytest.raises(ValueError, match="x.pt is damaged: .*data/.* fails its checksum"):
+        weights.load(path)
+    monkeypatch.setattr(weights, "safetensors", None)
+    for name, message in (("", "is a folder, not a file: give .*model.safetensors or pytorch_model.bin"),
+                          ("model.safetensors.index.json", "holds no weights: give model.safetensors or"),
+                          ("y.safetensors", "needs a package: pip install safetensors"),
+                          ("gone.pt", "does not exist")):
+        if name != "gone.pt":
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"^{tmp_path / name} {message}"):
+            weights.build(tmp_path / name)
+    for value, message in ((state | {"norm.bias": "a"}, "has norm.bias, which is not a tensor"),
+                           (state | {"module.norm.bias": state["norm.bias"]}, "has norm.bias twice"),
+                           ([1, 2], "holds a list, not a"), ({"state_dict": {}}, "holds a dict, not a BEiT")):
+        with pytest.raises(ValueError, match=f"x.pt {message}"):
+            weights.load(save(value, path))
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_plain_pickle_that_calls_the_system(tmp_path, protocol):
-    ran, path = tmp_path / "ran", tmp_path / "encoder.pkl"
-    path.write_bytes(pickle.dumps(Evil(f"touch {ran}"), protocol=protocol))
-    with pytest.raises(ValueError, match="encoder.pkl (asks for (posix|nt).system|is not a file of)"):
-        weights.load_dalle(path)
-    assert not ran.exists()
+# ---- The released BEiT's and our own ----
 
-
-@ZIP_OR_OLDER
-@pytest.mark.parametrize("wanted", [eval, getattr, torch.load, os.system, pickle.loads, torch.nn.Linear])
-def test_nothing_else_is_found(tmp_path, zipped, wanted):
-    with pytest.raises(ValueError, match="asks for "):
-        weights.read(save([torch.zeros(3), wanted], tmp_path / "encoder.pkl", zipped))
-
-
-def test_what_is_found_cannot_be_changed(tmp_path):
-    """BUILD with (None, attributes) sets attributes of whatever is on the stack."""
-    for module, name in (("dall_e.utils", "Conv2d"), ("torch._utils", "_rebuild_parameter")):
-        found = f"c{module}\n{name}\n".encode()
-        (tmp_path / "x.pkl").write_bytes(b"\x80\x02" + found + b"N}X\x0c\x00\x00\x00dump_patches\x88s\x86b.")
-        with pytest.raises(ValueError, match="x.pkl"):
-            weights.read(tmp_path / "x.pkl")
-        assert not hasattr(weights.ADMITTED[f"{module}.{name}"], "dump_patches")
-
-
-def test_what_is_not_weights_is_named(tmp_path, public):
-    *_, encoder, decoder = public(**SMALL)
-    whole, module = encoder.read_bytes(), torch.load(encoder, weights_only=False)
-    older = save(module, tmp_path / "older.pkl", zipped=False).read_bytes()
-    state = module.state_dict()
-    broken = torch.load(encoder, weights_only=False)
-    del broken.blocks.group_2
-    given = tmp_path / "given.pkl"
-
-    def said(content, load=weights.load_dalle):
-        if isinstance(content, bytes):
-            given.write_bytes(content)
-        else:
-            save(content, given)
-        with pytest.raises(ValueError) as error:
-            load(given)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-    assert "is a web page" in said(b"<!DOCTYPE html>\n<html><body>Not found</body></html>")
-    assert "is a web page" in said(b"\n  <?xml version='1.0'?><Error/>")
-    assert "is empty" in said(b"")
-    assert "is not a file of torch.save: it begins with b'hello'" in said(b"hello")
-    for share in (0.001, 0.1, 0.5, 0.999):
-        assert "is cut off or damaged" in said(older[:int(share * len(older))])
-        assert "is cut off or damaged" in said(whole[:int(share * len(whole))])
-    assert "a state_dict of 42 tensors, blocks.input.w first, not the pickled Encoder" in said(state)
-    assert "holds a dict of model, config" in said({"model": state, "config": 1})
-    assert "holds a Tensor" in said(torch.zeros(2))
-    assert "is a pickle, but not one of torch.save" in said(pickle.dumps([1, 2], protocol=2))
-    assert "holds a Decoder, not the pickled Encoder" in said(decoder.read_bytes())
-    assert "holds an Encoder, not the pickled Decoder" in said(whole, partial(weights.load_dalle, encoder))
-    assert "does not fit" in said(broken)
-    with pytest.raises(ValueError, match="is a folder"):
-        weights.load_dalle(tmp_path)
-    with pytest.raises(ValueError, match="does not exist"):
-        weights.load_dalle(tmp_path / "nowhere.pkl")
-    with pytest.raises(training.UserError, match="^--tokenizer: .*state_dict of .*encoder.pkl would do"):
-        weights.load_tokenizer(save(state, given))
-
-
-# ---- Backbones ----
-
-POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
-SCALES = pytest.mark.parametrize("layer_scale", [0.0, 0.1])
-SIZES = pytest.mark.parametrize("image_size", [32, 48])
-
-
-def backbone(position="shared_relative", image_size=32, depth=2, layer_scale=0.0):
-    return vit.ViTConfig(image_size=image_size, patch_size=8, dim=64, depth=depth, heads=1, position=position,
-                         layer_scale=layer_scale)
+BESIDE = {    # what a training may write beside the weights; released: numpy scalars in optimizer groups
+    "optimizer": {"param_groups": [{"lr": np.float64(0.1), "weight_decay": np.float32(0.05)}]},
+    "args": argparse.Namespace(lr=1e-3, output=pathlib.PurePosixPath("/a")), "path": pathlib.PosixPath("/a"),
+    "windows": pathlib.PureWindowsPath("a"), "size": torch.Size([1]), "set": {1}, "random": np.arange(3),
+    "device": torch.device("cpu"), "odd": Call(np.dtype, "O"), "bytes": b"\x80", "dtype": torch.float16,
+    "counts": collections.defaultdict(list, a=[1]), "factory": Call(collections.defaultdict, set)}
 
 
 @POSITIONS
 @SCALES
-def test_released_checkpoints(tmp_path, position, layer_scale):
-    """{"model", "optimizer", "args": Namespace}, index buffers included: the config follows from shapes."""
+@ZIP_OR_OLDER
+def test_released_checkpoints(tmp_path, position, layer_scale, zipped):
+    """The config follows from shapes; what lies beside the weights, and index buffers, do not matter."""
     config = backbone(position, layer_scale=layer_scale)
+    state = vit.MaskedImageModel(config, 50).state_dict()
     index = {"rel_pos_bias.relative_position_index": torch.zeros(17, 17, dtype=torch.int64)}
-    path = save({"model": {**vit.MaskedImageModel(config, 50).state_dict(), **index},
-                 "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 7,
-                 "args": argparse.Namespace(lr=1e-3, model="beit_base")}, tmp_path / "beit.pth")
+    path = save({"model": {**state, **index}, **BESIDE}, tmp_path / "beit.pth", zipped)
     loaded, info = weights.load(path)
+    assert equal(loaded, state) and equal(weights.build(path)[0].state_dict(), state)
     assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None,
                         dropped=[], config=dataclasses.replace(config, drop_path=info["config"].drop_path))
-    vit.MaskedImageModel(info["config"], 50).load_state_dict(loaded)
+    found = weights.read(path)
+    inert = [found[name] for name in list(BESIDE)[1:10]] + [found["factory"]["missing"]]
+    inert += found["optimizer"]["param_groups"][0].values()
+    assert all(isinstance(value, weights.StandIn) for value in inert)
+
+
+@pytest.mark.parametrize("nest", ["model", "module", "state_dict"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "backbone."])
+def test_prefixes_of_wrappers(tmp_path, prefix, nest):
+    state = vit.VisionTransformer(backbone("relative")).half().state_dict()
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    wrapped |= {"decode_head.a": torch.zeros(1), f"{prefix}fpn1.0.weight": torch.zeros(1)}
+    loaded, info = weights.load(save({nest: wrapped}, tmp_path / "x.pth"))
+    assert info["dropped"] == ["decode_head.a", "fpn1.0.weight"] and info["source"] == "released BEiT"
+    assert equal(loaded, {name: tensor.float() for name, tensor in state.items()})
 
 
 @POSITIONS
 def test_models_of_the_first_edition(tmp_path, position):
     """Its classifiers and segmenters had a mask_token, which they did not use."""
-    config, classes = backbone(position, layer_scale=0.1), list("abcde")
+    config, path = backbone(position, layer_scale=0.1, heads=4), tmp_path / "model.pt"
     images, mask = torch.rand(2, 3, 32, 32), torch.rand(2, 4, 4) < 0.5
-    for model, more, inputs in ((vit.MaskedImageModel(config, 50), {"vocab_size": 50}, (images, mask)),
-                                (vit.ImageClassifier(config, 5), {"classes": classes}, (images,)),
-                                (vit.SemanticSegmenter(config, 5), {"classes": classes}, (images,))):
-        state = {"mask_token": torch.randn(1, 1, 64), **randomised(model).state_dict()}
-        path = save({"model": state, "config": {"vit": dataclasses.asdict(config), **more},
-                     "kind": type(model).__name__}, tmp_path / "model.pt")
-        built, info = weights.build(path)
-        assert type(built) is type(model) and info["source"] == "ours" and info["config"] == config
-        again = type(model)(config, 5)
-        if len(inputs) == 1:
-            assert not weights.initialise(again, path, classes)
+    for Model, inputs in ((vit.MaskedImageModel, (images, mask)), (vit.ImageClassifier, (images,)),
+                          (vit.SemanticSegmenter, (images,))):
+        model, again = randomised(Model(config, 5)), Model(config, 5).eval()
+        found = torch.load(kept(model, path, "abcde"), weights_only=True)
+        found["model"].setdefault("mask_token", torch.randn(1, 1, 64))
+        built, info = weights.build(save(found, path))
+        assert type(built) is Model and info["source"] == "ours" and info["config"] == config
+        assert weights.initialise(again, path, list("abcde")) == []
         with torch.no_grad():
-            expected = model(*inputs)
-            assert torch.equal(built(*inputs), expected)
-            assert len(inputs) == 2 or torch.equal(again.eval()(*inputs), expected)
+            assert torch.equal(built(*inputs), model(*inputs)) and torch.equal(again(*inputs), model(*inputs))
 
 
-def test_a_shared_table_goes_into_each_block(tmp_path):
-    source = randomised(vit.MaskedImageModel(backbone(), 50))
-    model = vit.ImageClassifier(backbone("relative"), 5)
-    weights.initialise(model, save({"model": source.state_dict()}, tmp_path / "beit.pth"))
-    for block in model.blocks:
-        table = block.attn.relative_position_bias_table
-        assert torch.equal(table, source.rel_pos_bias.relative_position_bias_table)
+# ---- Into a model ----
+
+@SIZES
+def test_from_pre_training_to_a_classifier(tmp_path, capsys, image_size):
+    source, name = randomised(vit.MaskedImageModel(backbone(), 50)), "relative_position_bias_table"
+    path = save({"model": source.state_dict()}, tmp_path / "beit.pth")
+    model = vit.ImageClassifier(backbone("relative", image_size), 5)
+    assert weights.initialise(model, path) == ["head.weight", "head.bias"]
+    table = vit.resize_positions({name: source.rel_pos_bias.get_parameter(name)}, model.config, (4, 4))[name]
+    assert all(torch.equal(block.attn.relative_position_bias_table, table) for block in model.blocks)
     assert torch.equal(model.fc_norm.weight, source.norm.weight)
-    images = torch.rand(2, 3, 32, 32)
-    for ours, theirs in zip(model.eval().hidden_states(images), source.hidden_states(images)):
-        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    taken, *rest = capsys.readouterr().out.splitlines()
+    assert taken.startswith(f"taken from {path} (released BEiT, masked image modeling): ")
+    grids = "positions, from 4x4 to 6x6; " if image_size == 48 else ""
+    assert rest == ["converted: the shared position table, into one for each block; "
+                    f"{grids}norm, into fc_norm", "new: head; left behind: lm_head, mask_token"]
 
 
-TABLE = "rel_pos_bias.relative_position_bias_table"
+@pytest.mark.parametrize("theirs, taken", [("abc", True), ("cab", True), ("abd", False), (None, True)])
+@pytest.mark.parametrize("Model", [vit.ImageClassifier, vit.SemanticSegmenter])
+def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, theirs, taken):
+    source, model = randomised(Model(backbone("relative"), 3)), Model(backbone("relative"), 3)
+    new = weights.initialise(model, kept(source, tmp_path / "model.pt", theirs), list("abc"))
+    assert ("head.weight" not in new) == taken
+    rows = [(theirs or "abc").index(name) for name in "abc"] if taken else []
+    for ours, others in zip(model.head.parameters(), source.head.parameters()):
+        assert torch.equal(ours, others[rows]) if taken else not torch.equal(ours, others)
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("blocks.1.mlp.fc1.bias", None, "lacks blocks.1.mlp.fc1.bias"),
-    ("surprise", torch.zeros(1), "has, and the model has not, 1 tensors, surprise first"),
-    ("blocks.0.attn.q_bias", "a word", "q_bias is not a tensor"),
-    ("blocks.1.attn.proj.weight", torch.zeros(64, 32), "is 64x32, the other tensors call for 64x64"),
-    (TABLE, torch.zeros(50, 1), "bias_table is 50x1, the other tensors call for 28x1"),
-    (TABLE, torch.zeros(2, 1), "is no BEiT"),
-    ("patch_embed.proj.weight", torch.zeros(64, 192), "is no BEiT")])
-def test_anything_unexpected_is_an_error_and_changes_nothing(tmp_path, name, value, message):
-    state = vit.MaskedImageModel(backbone(), 50).state_dict()
-    state[name] = value
-    if value is None:
-        del state[name]
-    model = vit.ImageClassifier(backbone(), 5)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(training.UserError, match=message):
-        weights.initialise(model, save({"model": state}, tmp_path / "beit.pth"))
-    assert equal(model.state_dict(), before)
-
-
-def test_what_is_no_backbone(tmp_path):
-    model = dvae.DiscreteVAE(8, 8, 2, 1)
-    tokenizer = {"model": model.state_dict(), "config": model.config, "kind": "DiscreteVAE"}
-    for value, message in (
-            (tokenizer, "is a tokenizer"),
-            ({"state_dict": {}}, "holds a dict of state_dict, not a Vision"),
-            ([1, 2], "holds a list, not a Vision"),
-            ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "a state_dict of 1 tensors, conv1.weight first")):
-        with pytest.raises(ValueError, match=message):
-            weights.load(save(value, tmp_path / "x.pt"))
+    ("blocks.1.mlp.fc1.bias", None, "Missing key.*blocks.1.mlp.fc1.bias"),
+    ("surprise", torch.zeros(1), "Unexpected key.*surprise"),
+    ("blocks.1.attn.proj.weight", torch.zeros(64, 32), "size mismatch for blocks.1.attn.proj.weight"),
+    ("rel_pos_bias.relative_position_bias_table", torch.zeros(2, 1), "isqrt"),
+    ("patch_embed.proj.weight", torch.zeros(64, 192), "not enough values")])
+def test_anything_unexpected_is_an_error(tmp_path, name, value, message):
+    state = {**vit.MaskedImageModel(backbone(), 50).state_dict(), name: value}
+    path = save({name: state[name] for name in state if state[name] is not None}, tmp_path / "x.pth")
+    with pytest.raises(training.UserError, match=f"^--init: [^\\n]*x.pth [^\\n]*{message}[^\\n]*$"):
+        weights.initialise(vit.ImageClassifier(backbone(), 5), path)
+    with pytest.raises(ValueError, match=f"x.pth [^\\n]*{message}[^\\n]*$"):
+        weights.build(path)
 
 
 # ---- timm and Hugging Face ----
-
-LIMIT = dict(atol=1e-4, rtol=0)
-
 
 @pytest.fixture(scope="module")
 def transformers():
@@ -288,14 +288,14 @@ def transformers():
 
 
 def theirs_config(transformers, config, **more):
-    return transformers.BeitConfig(
+    fields = dict(
         image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.dim,
-        num_hidden_layers=config.depth, num_attention_heads=config.heads,
-        intermediate_size=int(config.mlp_ratio * config.dim), layer_norm_eps=1e-6,
-        layer_scale_init_value=config.layer_scale, drop_path_rate=0.0, attn_implementation="eager",
+        num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.dim,
+        layer_norm_eps=1e-6, layer_scale_init_value=config.layer_scale, attn_implementation="eager",
         use_absolute_position_embeddings=config.position == "absolute",
         use_relative_position_bias=config.position == "relative",
-        use_shared_relative_position_bias=config.position == "shared_relative", **more)
+        use_shared_relative_position_bias=config.position == "shared_relative")
+    return transformers.BeitConfig(**{**fields, **more})
 
 
 def normalised(images, config):
@@ -308,97 +308,109 @@ def written(folder):
     return next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
 
 
-def hub_names(state):
-    """transformers 5's names in memory -> those of the files on the hub."""
-    changed = {}
-    for name, tensor in state.items():
-        prefix = "beit." if name.startswith("beit.") else ""
-        for new, old in ((f"{prefix}layers.", f"{prefix}encoder.layer."),
-                         (f"{prefix}shared_position_bias.", f"{prefix}encoder.relative_position_bias."),
-                         ("attention.q_proj", "attention.attention.query"),
-                         ("attention.k_proj", "attention.attention.key"),
-                         ("attention.v_proj", "attention.attention.value"),
-                         ("attention.o_proj", "attention.output.dense"),
-                         ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")):
-            name = name.replace(new, old)
-        if "encoder.layer." in name:
-            name = name.replace(".relative_position_bias.", ".attention.attention.relative_position_bias.")
-        changed[name] = tensor
-    return changed
+@torch.no_grad()
+def assert_same(ours, theirs):
+    """Our model and Hugging Face's compute the same outputs, hidden states and attention."""
+    images, masks = torch.rand(2, 3, *ours.config.image_hw), []
+    if isinstance(ours, vit.MaskedImageModel):
+        masks = [torch.ones(2, *ours.config.grid, dtype=torch.bool)]
+    them = theirs.eval()(normalised(images, ours.config), *(mask.flatten(1) for mask in masks),
+                         output_hidden_states=True, output_attentions=True)
+    expected = them.logits.flatten(0, -2) if "logits" in them else them.last_hidden_state
+    close(ours(images, *masks), expected)
+    if not masks:
+        for layer, state in enumerate(ours.hidden_states(images)):
+            close(state, them.hidden_states[layer + 1])
+            close(ours.attention_maps(images, layer), them.attentions[layer])
 
 
 @POSITIONS
 @SCALES
 @SIZES
-def test_hugging_face_to_us(transformers, tmp_path, position, layer_scale, image_size):
-    config = backbone(position, image_size, layer_scale=layer_scale)
-    theirs = randomised(transformers.BeitForMaskedImageModeling(
-        theirs_config(transformers, config, vocab_size=50, use_mask_token=True)))
-    images, mask = torch.rand(2, 3, image_size, image_size), torch.rand(2, *config.grid) < 0.5
-    with torch.no_grad():
-        logits = theirs(normalised(images, config), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
-        expected = theirs.beit(normalised(images, config), output_hidden_states=True, output_attentions=True)
-    for spelling in (dict, hub_names):
-        ours, info = weights.build(save(spelling(theirs.state_dict()), tmp_path / "pytorch_model.bin"))
-        assert (info["source"], info["task"]) == ("Hugging Face", "masked image modeling")
-        assert info["outputs"] == 50 and info["config"].position == position
-        assert info["config"].image_size == image_size
-        assert bool(info["config"].layer_scale) == bool(layer_scale)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(images, mask), logits, **LIMIT)
-            for layer, state in enumerate(ours.hidden_states(images)):
-                attention = ours.attention_maps(images, layer)
-                torch.testing.assert_close(state, expected.hidden_states[layer + 1], **LIMIT)
-                torch.testing.assert_close(attention, expected.attentions[layer], **LIMIT)
-
-
-@POSITIONS
-@SCALES
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_us_to_hugging_face_and_back(transformers, tmp_path, monkeypatch, position, layer_scale, suffix):
+@pytest.mark.parametrize("Model", ["BeitForMaskedImageModeling", "BeitForImageClassification", "BeitModel"])
+def test_hugging_face_both_ways(transformers, tmp_path, monkeypatch, Model, suffix, image_size, layer_scale,
+                                position):
     if suffix == ".bin":
-        monkeypatch.setattr(weights, "safetensors_torch", lambda: None)
-    config = backbone(position, layer_scale=layer_scale)
-    images, mask = torch.rand(2, 3, 32, 32), torch.rand(2, 4, 4) < 0.5
-    for model, theirs_class, output in (
-            (vit.MaskedImageModel(config, 50), "BeitForMaskedImageModeling", "logits"),
-            (vit.ImageClassifier(config, 5), "BeitForImageClassification", "logits"),
-            (vit.VisionTransformer(config), "BeitModel", "last_hidden_state")):
-        model, folder = randomised(model), tmp_path / theirs_class
-        weights.save_huggingface(model, folder)
-        them, loading = getattr(transformers, theirs_class).from_pretrained(folder, output_loading_info=True)
-        assert not any(loading[f"{wrong}_keys"] for wrong in ("missing", "unexpected", "mismatched"))
-        with torch.no_grad():
-            if theirs_class == "BeitForMaskedImageModeling":
-                own, masked = model(images, mask), mask.flatten(1)
-                theirs = them.eval()(normalised(images, config), bool_masked_pos=masked).logits[masked]
-            else:
-                own, theirs = model(images), them.eval()(normalised(images, config))[output]
-        torch.testing.assert_close(own, theirs, **LIMIT)
-        back, _ = weights.build(written(folder))
-        assert type(back) is type(model) and equal(back.state_dict(), model.state_dict())
-        assert written(folder).suffix == suffix
+        monkeypatch.setattr(weights, "safetensors", None)
+    config, Theirs = backbone(position, image_size, layer_scale=layer_scale), getattr(transformers, Model)
+    asked = theirs_config(transformers, config, vocab_size=50, num_labels=5, use_mask_token="Mask" in Model)
+    theirs = randomised(Theirs(asked))
+    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "x.bin"))    # memory's names, no config
+    assert info["source"] == "Hugging Face" and info["config"].position == position
+    assert_same(ours, theirs)
+    weights.save_huggingface(ours, tmp_path / "back")
+    back, loading = Theirs.from_pretrained(tmp_path / "back", output_loading_info=True,
+                                           attn_implementation="eager")
+    assert not any(loading[f"{wrong}_keys"] for wrong in ("missing", "unexpected", "mismatched"))
+    assert equal(back.state_dict(), theirs.state_dict())
+    assert_same(ours, back)
+    again, info = weights.build(written(tmp_path / "back"))            # in the hub's names, with config.json
+    assert written(tmp_path / "back").suffix == suffix and equal(again.state_dict(), ours.state_dict())
+    assert info["config"].image_size == image_size and bool(info["config"].layer_scale) == bool(layer_scale)
 
 
-@pytest.mark.long
-def test_base_shape_equals_hugging_face_and_timm(transformers, tmp_path):
-    beit = pytest.importorskip("timm.models.beit")
-    config = vit.ViTConfig(position="relative", layer_scale=0.1, image_size=224)
-    ours = vit.ImageClassifier(config, 1000).eval()
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if name.endswith(("table", "bias", "head.weight")):
-                parameter.normal_(std=0.1)
-    weights.save_huggingface(ours, tmp_path)
-    theirs = transformers.BeitForImageClassification.from_pretrained(tmp_path).eval()
-    timms = beit.Beit(init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True).eval()
-    weights.save_timm(ours, tmp_path / "timm.pt")
-    timms.load_state_dict(torch.load(tmp_path / "timm.pt"), strict=False)
-    images = torch.rand(1, 3, 224, 224)
-    with torch.no_grad():
-        logits = ours(images)
-        torch.testing.assert_close(logits, theirs(normalised(images, config)).logits, **LIMIT)
-        torch.testing.assert_close(logits, timms(normalised(images, config)), **LIMIT)
+@pytest.mark.parametrize("change, wrong", [
+    ({}, None), ({"num_attention_heads": 4}, None), ({"image_size": [32, 48]}, None),
+    ({"layer_norm_eps": 1e-12}, None), ({"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
+    ({"hidden_act": "relu"}, "hidden_act relu"), ({"use_mean_pooling": False}, "use_mean|norm.* twice"),
+    ({"id2label": {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}}, None)])
+@pytest.mark.parametrize("Model", ["BeitForImageClassification", "BeitModel", "BeitForMaskedImageModeling"])
+def test_config_json_is_obeyed_or_refused(transformers, tmp_path, capsys, change, wrong, Model):
+    """With initial weights as small as Hugging Face's, where eps counts."""
+    config = backbone("relative" if "image_size" in change else "absolute", heads=2)
+    asked = {"id2label": {0: "x", 1: "y", 2: "z"}, "vocab_size": 3, "use_mask_token": "Mask" in Model}
+    theirs = getattr(transformers, Model)(theirs_config(transformers, config, **{**asked, **change}))
+    theirs.save_pretrained(tmp_path)
+    path = written(tmp_path)
+    if wrong and (Model, change) != ("BeitModel", {"use_mean_pooling": False}):
+        with pytest.raises(ValueError, match=f"safetensors has ({wrong})"):
+            weights.build(path)
+        return
+    ours, info = weights.build(path)
+    assert_same(ours, theirs)
+    names = list(theirs.config.id2label.values())
+    named = Model == "BeitForImageClassification" and names[0] != "LABEL_0"
+    assert info["classes"] == (names if named else None)
+    weights.save_huggingface(ours, tmp_path / "back", info["classes"])
+    back = getattr(transformers, Model).from_pretrained(tmp_path / "back", attn_implementation="eager")
+    assert_same(ours, back)
+    assert not named or list(back.config.id2label.values()) == names
+    weights.initialise(vit.VisionTransformer(info["config"]), path)
+    assert ("eps of LayerNorm, from 1e-12 to" in capsys.readouterr().out) == ("layer_norm_eps" in change)
+    with pytest.raises(training.UserError, match="--init: .* heads, the model 8"):
+        weights.initialise(vit.VisionTransformer(dataclasses.replace(info["config"], heads=8)), path)
+
+
+def test_json_beside_hugging_faces_weights(transformers, tmp_path):
+    config = dataclasses.replace(backbone("relative"), pixel_std=(0.5, 0.4, 0.3))
+    weights.save_huggingface(vit.ImageClassifier(config, 3), tmp_path)
+    assert weights.load(written(tmp_path))[1]["config"].pixel_std == config.pixel_std
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = processor(torch.ones(3, 40, 40), do_rescale=False, return_tensors="pt")["pixel_values"]
+    close(pixels, normalised(torch.ones(1, 3, 32, 32), config))
+    for content, message in (('{"id2label": {"0": "a"}}', "has 3 classes and 1 names"), ("{", "is no BEiT")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            weights.load(written(tmp_path))
+    content = '{"id2label": {"10": "c", "9": "b", "1": "a"}, "num_attention_heads": 1}'    # as ImageNet-22K's
+    (tmp_path / "config.json").write_text(content)
+    assert weights.load(written(tmp_path))[1]["classes"] == ["a", "b", "c"]
+
+
+def test_decoders_of_segmenters_are_left_behind(transformers, tmp_path):
+    config = backbone("relative", depth=4, layer_scale=0.1)
+    theirs = randomised(transformers.BeitForSemanticSegmentation(
+        theirs_config(transformers, config, out_indices=[1, 2, 3, 4], num_labels=7)))
+    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "pytorch_model.bin"))
+    assert info["dropped"] and info["outputs"] is None
+    assert_same(ours, theirs.beit)
+    model = vit.SemanticSegmenter(config, 5)
+    weights.save_huggingface(model, tmp_path / "hf")
+    state = weights.build(written(tmp_path / "hf"))[0].state_dict()
+    assert equal(state, {name: model.state_dict()[name] for name in state}) and "norm.weight" in state
+    with pytest.raises(ValueError, match="timm has no place"):
+        weights.save_timm(model, tmp_path / "x.pt")
 
 
 @POSITIONS
@@ -407,70 +419,31 @@ def test_base_shape_equals_hugging_face_and_timm(transformers, tmp_path):
 def test_timm_both_ways(tmp_path, position, layer_scale, image_size):
     beit = pytest.importorskip("timm.models.beit")
     config = backbone(position, image_size, layer_scale=layer_scale)
-
-    def timms():
-        return beit.Beit(img_size=image_size, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5,
-                         global_pool="avg", qkv_bias=True, init_values=layer_scale or None,
-                         use_abs_pos_emb=position == "absolute", use_rel_pos_bias=position == "relative",
-                         use_shared_rel_pos_bias=position == "shared_relative").eval()
-    theirs, images = randomised(timms()), torch.rand(2, 3, image_size, image_size)
-    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "timm.bin"))
+    theirs, back = (beit.Beit(
+        img_size=image_size, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5,
+        init_values=layer_scale or None, use_abs_pos_emb=position == "absolute",
+        use_rel_pos_bias=position == "relative", use_shared_rel_pos_bias=position == "shared_relative").eval()
+        for _ in range(2))
+    ours, info = weights.build(save(randomised(theirs).state_dict(), tmp_path / "timm.bin"))
     assert (info["source"], info["task"], info["outputs"]) == ("timm", "classification", 5)
-    assert info["config"].position == position
-    with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(normalised(images, config)), **LIMIT)
-    back = timms()
     weights.save_timm(ours, tmp_path / "back.pt")
     missing, unexpected = back.load_state_dict(torch.load(tmp_path / "back.pt"), strict=False)
     assert not unexpected and all(name.endswith(("relative_position_index", "k_bias")) for name in missing)
+    images = torch.rand(2, 3, image_size, image_size)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images), back(normalised(images, config)), **LIMIT)
-
-
-def test_the_backbone_of_hugging_faces_segmenter(transformers, tmp_path):
-    config = backbone("relative", depth=4, layer_scale=0.1)
-    theirs = randomised(transformers.BeitForSemanticSegmentation(
-        theirs_config(transformers, config, out_indices=[1, 2, 3, 4], num_labels=7)))
-    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "pytorch_model.bin"))
-    assert type(ours) is vit.VisionTransformer and info["dropped"] and info["outputs"] is None
-    images = torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        expected = theirs.beit(normalised(images, config), output_hidden_states=True).hidden_states
-        for layer, state in enumerate(ours.hidden_states(images)):
-            torch.testing.assert_close(state, expected[layer + 1], **LIMIT)
-
-
-def test_a_segmenter_leaves_its_decoder_behind(tmp_path):
-    model = randomised(vit.SemanticSegmenter(backbone("relative"), 5))
-    weights.save_huggingface(model, tmp_path / "hf")
-    state, _ = weights.load(written(tmp_path / "hf"))
-    assert not any(name.startswith(("decoder", "head")) for name in state)
-    assert torch.equal(state["norm.weight"], model.norm.weight)
-    with pytest.raises(ValueError, match="timm has no place"):
-        weights.save_timm(model, tmp_path / "x.pt")
-
-
-def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
-    pytest.importorskip("safetensors.torch")
-    model, path = randomised(vit.ImageClassifier(backbone("relative"), 5)), tmp_path / "timm.safetensors"
-    weights.save_timm(model, path)
-    assert torch.equal(weights.load(path)[0]["head.weight"], model.head.weight)
-    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cut off or damaged"):
-        weights.load(tmp_path / "cut.safetensors")
-    monkeypatch.setattr(weights, "safetensors_torch", lambda: None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        weights.load(path)
+        close(ours(images), theirs(normalised(images, config)))
+        close(ours(images), back(normalised(images, config)))
 
 
 @pytest.mark.parametrize("target", ["huggingface", "timm", "beit"])
 def test_command_line(tmp_path, capsys, monkeypatch, target):
-    model, out = randomised(vit.ImageClassifier(backbone("relative"), 5)), tmp_path / "out"
-    path = save({"model": model.state_dict()}, tmp_path / "beit.pth")
+    model, out = vit.ImageClassifier(backbone("relative"), 5), tmp_path / "out"
+    path = kept(model, tmp_path / "model.pt", "vwxyz")
     monkeypatch.setattr("sys.argv", ["weights.py", str(path), "--to", target, str(out)])
     weights.main()
     said = capsys.readouterr().out
-    for words in ("released BEiT, ImageClassifier", "classification, 5 classes", "32x32 pixels"):
+    for words in ("ours, ImageClassifier, 5 outputs", "image_size=32", f"written to {out}, for {target}"):
         assert words in said
-    state, _ = weights.load(written(out) if target == "huggingface" else out)
-    assert torch.equal(state["head.weight"], model.head.weight)
+    built, info = weights.build(written(out) if target == "huggingface" else out)
+    assert equal(built.state_dict(), model.state_dict())
+    assert info["classes"] == (list("vwxyz") if target == "huggingface" else None)
