@@ -126,8 +126,8 @@ def complete(preset, flags):
         state, info = weights.load(values["init"])
     except ValueError as error:
         raise UserError(f"--init: {error}") from None
-    sizes = ["patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "position", "layer_scale",
-             "pixel_mean", "pixel_std"]
+    sizes = ["patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps", "position",
+             "layer_scale", "pixel_mean", "pixel_std"]
     if preset.endswith("demo") or "image_size" not in PRESETS[preset] or flags.get("eval"):
         sizes.append("image_size")
     values |= {name: getattr(info["config"], name) for name in sizes}

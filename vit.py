@@ -35,6 +35,7 @@ class ViTConfig:
     depth: Annotated[int, "blocks L: 12 base, 24 large"] = 12
     heads: Annotated[int, "attention heads: 12 base, 16 large; must divide the width"] = 12
     mlp_ratio: Annotated[float, "hidden width of the FFN over D"] = 4.0
+    layer_norm_eps: float = 1e-6                                       # Hugging Face's copies have 1e-12
     position: Annotated[Literal["absolute", "relative", "shared_relative"],
                         "paper: absolute; released code: shared_relative, to fine-tune relative"] = "absolute"
     layer_scale: Annotated[float, "initial gamma, 0 = none (paper); released: 0.1 base, 1e-5 large"] = 0.0
@@ -44,7 +45,8 @@ class ViTConfig:
     init_std: Annotated[float, "of initial weights (sec. 2.5); if narrow: 0.02 sqrt(768 / dim)"] = 0.02
 
     def __post_init__(self):
-        for name in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "init_std"):
+        for name in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps",
+                     "init_std"):
             check(0 < getattr(self, name) < math.inf, f"{name}: above 0, not {getattr(self, name)}")
         H, W = self.image_hw
         check(min(H, W) > 0 and H % self.patch_size == W % self.patch_size == 0,
@@ -183,9 +185,9 @@ class Block(nn.Module):
     def __init__(self, config, drop_path_rate):
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
         self.gamma_1 = self.gamma_2 = None
         if config.layer_scale:
@@ -232,7 +234,7 @@ class VisionTransformer(nn.Module):
             self.rel_pos_bias.relative_position_bias_table = relative_position_table(config)
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.checkpoint_blocks = False                             # True saves memory and takes longer
         self.register_load_state_dict_pre_hook(ignore_index_buffers)
         self.initialise()
@@ -347,7 +349,7 @@ class ImageClassifier(VisionTransformer):
     def __init__(self, config, num_classes):
         super().__init__(config)
         self.norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.dim, num_classes)
         truncated_normal_(self.head.weight, 0.02 * 0.001)          # released: times 0.001
         nn.init.zeros_(self.head.bias)

@@ -29,7 +29,6 @@ try:
 except ImportError:
     safetensors = None
 
-EPS = 1e-6    # of our LayerNorms, as released; Hugging Face's copies of the released weights say 1e-12
 HEADS = ("lm_head.", "head.", "decoder.")    # what belongs to a task, not to the backbone
 
 
@@ -130,10 +129,10 @@ def load_tokenizer(path, flag="--tokenizer"):
         found, decoder = read(path), Path(path).with_name("decoder.pkl")
         if kind_of(found) == "Encoder":
             return load_dalle(path, decoder if decoder.exists() else None)
-        with naming(path, "holds a tokenizer whose weights and sizes do not fit"):
+        with naming(path, "holds a tokenizer whose weights and sizes do not fit"), torch.device("meta"):
             check(kind_of(found) == "DiscreteVAE", f"holds a {kind_of(found)}")
             model = dvae.DiscreteVAE(**found["config"])
-            model.load_state_dict(found["model"])
+            model.load_state_dict(found["model"], assign=True)
     except ValueError as error:
         raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None
     return model.eval().requires_grad_(False)
@@ -144,14 +143,14 @@ def load_dalle(encoder, decoder=None):
     mode. Without a decoder it only tokenizes, and .decoder is None. ValueError names the file."""
     state = module_tensors(encoder, "Encoder")
     state |= module_tensors(decoder, "Decoder") if decoder else {}
-    with naming(encoder, "does not fit DALL-E's architecture"):
+    with naming(encoder, "does not fit DALL-E's architecture"), torch.device("meta"):
         groups, blocks = (max(map(int, re.findall(rf"\.{part}_(\d+)\.", " ".join(state))))
                           for part in ("group", "block"))
         hidden, channels = state["encoder.blocks.input.w"].shape[:2]
         vocab_size = len(state["encoder.blocks.output.conv.w"])
         model = dvae.DiscreteVAE(vocab_size, hidden, groups, blocks, channels)
         model.decoder = model.decoder if decoder else None
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -160,7 +159,8 @@ def module_tensors(path, kind):
     found, tensors = read(path), {}
 
     def collect(module, prefix):
-        tensors.update({prefix + name: tensor for name, tensor in module.state["_parameters"].items()})
+        for name, tensor in module.state["_parameters"].items():
+            tensors[prefix + name] = tensor.float()
         for name, child in module.state["_modules"].items():
             collect(child, f"{prefix}{name}.")
 
@@ -211,8 +211,8 @@ def load(path):
     info: source ("ours", "released BEiT", "timm" or "Hugging Face"), task ("masked image modeling",
     "classification", "segmentation" or "none"), config (vit.ViTConfig), outputs (tokens or classes; None
     without a head), classes (their names, or None), dropped (names that have no place here, such as a UperNet
-    decoder's); with a config.json of Hugging Face also eps, of LayerNorm. ValueError: one line that says what
-    was found instead. Shapes are checked when a model takes the state_dict.
+    decoder's). ValueError: one line that says what was found instead. Shapes are checked when a model takes
+    the state_dict.
     """
     found = read(path)
     with naming(path, "is no BEiT"):
@@ -263,7 +263,7 @@ def to_our_names(state, source):
 
 
 def read_config(folder, state, info):
-    """config, classes and eps for the info of Hugging Face's weights, from the config.json and
+    """config and classes for the info of Hugging Face's weights, from the config.json and
     preprocessor_config.json beside them, if any. ValueError if our models would compute something else."""
     config, processor = (json.loads(file.read_text()) if file.is_file() else {}
                          for file in (folder / "config.json", folder / "preprocessor_config.json"))
@@ -271,20 +271,20 @@ def read_config(folder, state, info):
               if f"image_{name}" in processor}
     if not config:
         return {"config": infer_config(state, **fields)}
-    activation, eps = config.get("hidden_act", "gelu"), config.get("layer_norm_eps", 1e-12)
+    activation = config.get("hidden_act", "gelu")
     check(activation == "gelu", f"has hidden_act {activation} in its config.json, not gelu")
     check(config.get("use_mean_pooling", True) or info["task"] == "none",
           "has use_mean_pooling false in its config.json; our models average the patches")
-    check(0 < eps <= EPS, f"has layer_norm_eps {eps} in its config.json, above our {EPS}")
     size, names, classes = config.get("image_size", 224), config.get("id2label"), None
     fields["image_size"] = tuple(size) if isinstance(size, list) else size
     fields["heads"] = config.get("num_attention_heads", 12)
+    fields["layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
     if names and info["task"] == "classification":
         check(len(names) == info["outputs"], f"has {info['outputs']} classes and {len(names)} names for them")
         classes = [names[key] for key in sorted(names, key=int)]       # the keys of ImageNet-22K have gaps
         if classes == [f"LABEL_{k}" for k in range(len(classes))]:     # Hugging Face's default
             classes = None
-    return {"config": infer_config(state, **fields), "classes": classes, "eps": eps}
+    return {"config": infer_config(state, **fields), "classes": classes}
 
 
 def infer_config(state, **told):
@@ -328,9 +328,6 @@ def build(path):
         if not hasattr(model, "mask_token"):    # classifiers of the first edition had one, unused
             state.pop("mask_token", None)
         model.load_state_dict(state)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = info.get("eps", EPS)
     return model.eval(), info
 
 
@@ -379,8 +376,8 @@ def adapt(state, info, model, classes):
     if source.grid != target.grid:
         state = vit.resize_positions(state, target, source.grid)
         converted.append("positions, from {}x{} to {}x{}".format(*source.grid, *target.grid))
-    if info.get("eps", EPS) != EPS:
-        converted.append(f"eps of LayerNorm, from {info['eps']} to {EPS}")
+    check(source.layer_norm_eps == target.layer_norm_eps,
+          f"has LayerNorms with eps {source.layer_norm_eps}, the model {target.layer_norm_eps}")
     for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{old}.weight" in state.keys() - ours.keys() and f"{new}.weight" in ours.keys() - state.keys():
             state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
@@ -455,7 +452,7 @@ def save_huggingface(model, folder, classes=None):
         "image_size": height if height == width else [height, width], "patch_size": config.patch_size,
         "num_channels": config.in_channels, "hidden_size": config.dim, "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads, "intermediate_size": int(config.dim * config.mlp_ratio),
-        "hidden_act": "gelu", "layer_norm_eps": model.blocks[0].norm1.eps,
+        "hidden_act": "gelu", "layer_norm_eps": config.layer_norm_eps,
         "layer_scale_init_value": config.layer_scale, "drop_path_rate": config.drop_path,
         "use_mask_token": isinstance(model, vit.MaskedImageModel),
         "use_mean_pooling": architecture != "BeitModel" or isinstance(model.norm, nn.Identity),
@@ -469,8 +466,7 @@ def save_huggingface(model, folder, classes=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="%(prog)s FILE [flags]", allow_abbrev=False,
-                                     description="Describe a checkpoint, or convert it.")
+    parser = argparse.ArgumentParser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
     parser.add_argument("file", help="ours, the released BEiT's, timm's or Hugging Face's")
     parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"),
                         help="huggingface FOLDER, timm FILE or beit FILE")
@@ -487,7 +483,7 @@ def main():
             model, info = build(args.file)
             say(f"{args.file}: {info['source']}, {type(model).__name__}, {info['outputs'] or 'no'} outputs, "
                 f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(info['dropped'])} tensors "
-                f"left out, LayerNorm eps {info.get('eps', EPS)}\n{info['config']}")
+                f"left out\n{info['config']}")
             if form == "huggingface":
                 save_huggingface(model, out, info["classes"])
             elif form:

@@ -88,12 +88,12 @@ WRONG = {
         --eval | --init: runs/finetune-shapes/model.pt ...`python finetune.py --task classification`
         --init '' | --init: ...is a folder
         --init gone.pt | --init: gone.pt does not exist
-        --init F/empty.pt | --init: F/empty.pt is empty
-        --init F/text | --init: F/text is not a file of torch.save
+        --init F/empty.pt | --init: F/empty.pt is cut off, damaged or no file of weights
+        --init F/text | --init: F/text is cut off, damaged or no file of weights
         --init F/cut.pt | --init: F/cut.pt is cut off
-        --init F/web.pt | --init: F/web.pt is a web page
+        --init F/web.pt | --init: F/web.pt is cut off, damaged or no file of weights
         --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer ...not a backbone
-        --init F/pretrained.pt --patch-size 4 | --init: ...16x3x8x8 there and 16x3x4x4 in the model
+        --init F/pretrained.pt --patch-size 4 | --init: ...does not fit ...patch_embed.proj.weight
         --init F/pretrained.pt --position absolute | --init: ...--position shared_relative fits
         --init F/pretrained.pt --heads 3 | --heads: a divisor of dim 16, not 3
         --init F/pretrained.pt --eval --task knn | --eval: only with --task classification or segmentation
@@ -165,7 +165,7 @@ WRONG = {
         | the following arguments are required: file
         gone.pt | gone.pt does not exist
         F/folder | F/folder is a folder, not a file
-        F/web.pt | F/web.pt is a web page
+        F/web.pt | F/web.pt is cut off, damaged or no file of weights
         F/tokenizer.pt | F/tokenizer.pt is a tokenizer
         F/segmenter.pt --to timm x | timm has no place for a segmenter
         F/pretrained.pt --to onnx x | --to: huggingface, timm or beit, not onnx

@@ -22,6 +22,7 @@ def test_scripts_take_the_commands_of_all_claims(scale, tmp_path):
         for name, command in lab.runs.items():
             assert set(re.findall(r"\{out\}/(\S+)/model.pt", command)) <= lab.runs.keys()
             assert commands.setdefault(name, command) == command, name
+    assert len({re.sub("--out [^ ]+", "", command) for command in commands.values()}) == len(commands)
     for name, command in commands.items():
         script, *flags = command.split()
         module = importlib.import_module(script.removesuffix(".py"))
