@@ -193,7 +193,7 @@ def open_views(config):
 class LinearProbe(vit.VisionTransformer):
     """Linear classifiers on the frozen features of each layer (appendix D), all trained at once.
 
-    Features: the mean of a layer's patches, and [S], each normalised to mean 0 and variance 1.
+    A layer has two: on the mean of its patches, and on [S]. Features are standardised over training images.
     """
 
     def __init__(self, config, num_classes):
@@ -201,16 +201,28 @@ class LinearProbe(vit.VisionTransformer):
         self.requires_grad_(False)
         probes = 2 * config.depth
         self.head = nn.Conv1d(probes * config.dim, probes * num_classes, 1, groups=probes)    # each its own
+        self.head.register_buffer("moments", torch.zeros(2, probes * config.dim))    # means of f and f ** 2
+        self.head.register_buffer("batches", torch.zeros(()))          # so many batches are in them
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
         """images (B, 3, H, W) in [0, 1]. Returns logits (B, C, L, 2); in the last axis patches, then [S]."""
         with torch.no_grad():
-            features = pool(self.hidden_states(images))                # (B, L, 2, D)
-            features = F.layer_norm(features, features.shape[-1:])
-        logits = self.head(features.flatten(1)[..., None])             # (B, L 2 C, 1)
-        return logits.view(*features.shape[:3], -1).movedim(-1, 1)
+            features = pool(self.hidden_states(images)).flatten(1).float()           # (B, L 2 D)
+            features = self.standardise(features)
+        logits = self.head(features[..., None])                        # (B, L 2 C, 1)
+        return logits.view(len(images), self.config.depth, 2, -1).movedim(-1, 1)
+
+    def standardise(self, features):
+        """Features with mean 0 and variance 1 over the images of all processes and training steps so far."""
+        if self.training:
+            moments = torch.stack([features.mean(dim=0), features.square().mean(dim=0)])
+            moments = training.all_sum(moments) / training.world_size()
+            self.head.batches += 1
+            self.head.moments.lerp_(moments, 1 / self.head.batches)
+        mean, square = self.head.moments
+        return (features - mean) / (square - mean ** 2).clamp(min=1e-6).sqrt()
 
 
 def pool(states):

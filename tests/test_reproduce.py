@@ -67,8 +67,9 @@ def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import pathlib, sys
+import pathlib, sys, time
 out = pathlib.Path(sys.argv[2])
+time.sleep(int(sys.argv[4]) // 10)
 print(1 / int(sys.argv[4]))
 open(out.parent / "order", "a").write(out.name + " ")
 (out / "result.json").write_text("{}")
@@ -85,11 +86,12 @@ def test_runs_are_done_once_after_what_they_start_from(tmp_path, monkeypatch):
     for command in (runs["last"], runs["last"], runs["last"].replace("number 1", "number 2")):
         reproduce.execute({**runs, "last": command}, args)
     assert (args.out / "order").read_text() == "first last last "      # other flags: the script decides
-    broken = {"broken": "pretrain.py --out {out}/broken --number 0",
+    broken = {"slow": "pretrain.py --out {out}/slow --number 600",    # seconds times 10
+              "broken": "pretrain.py --out {out}/broken --number 0",
               "after": "finetune.py --out {out}/after --number 1 --init {out}/broken/model.pt"}
     with pytest.raises(ChildProcessError, match="broken: status 1, ZeroDivisionError.*broken/log.txt"):
         reproduce.execute(broken, args)
-    assert not (args.out / "after").exists()
+    assert not (args.out / "after").exists() and not (args.out / "slow/result.json").exists()
 
 
 @pytest.mark.parametrize("flags, words", [

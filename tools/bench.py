@@ -11,7 +11,7 @@ import platform
 import re
 import statistics
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -143,9 +143,10 @@ def tokenizer_and_steps(bench, networks):
 
 # ---- Measuring ----
 
-def count_flops(function):
-    """FLOPs of one call. Attention is written out in it, since the CPU's fused one would not be counted."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+def count_flops(function, device):
+    """FLOPs of one call. On a CPU its attention is written out, since the fused kernel is not counted."""
+    attention = nullcontext() if device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, attention:
         function()
     return counter.get_total_flops()
 
@@ -189,7 +190,7 @@ def measure_all(args, bench):
             raise UserError(f"--only: no row is called {words}; there are {', '.join(rows)}")
     wanted = ["limit", *(args.only or rows)]
     rows = {name: row for name, row in rows.items() if any(words in name for words in wanted)}
-    flops = {name: count_flops(row[0]) for name, row in rows.items()}
+    flops = {name: count_flops(row[0], bench.device) for name, row in rows.items()}
     table = measure(rows, flops, args.rounds)
     if args.compile:
         bench.tokenizer.features = torch.compile(bench.tokenizer.features)

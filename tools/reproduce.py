@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -281,9 +282,9 @@ def execute(runs, args):
     """Do what is not finished of runs (name -> command), args.jobs at a time, on one core each.
 
     The scripts continue what was interrupted, and refuse a folder of a run that had other flags. If a run
-    fails, ChildProcessError names it when those beside it have ended.
+    fails, the others end after their step, and ChildProcessError names it.
     """
-    futures, order = {}, ("dvae.py", "pretrain.py", "finetune.py")
+    futures, processes, order = {}, [], ("dvae.py", "pretrain.py", "finetune.py")
 
     def one(name, command):
         for start in re.findall(r"{out}/(\S+)/model.pt", command):
@@ -296,13 +297,15 @@ def execute(runs, args):
         script, *words = [word.format(out=args.out, data_root=args.data_root) for word in command.split()]
         begin = time.perf_counter()
         with open(folder / "log.txt", "a") as log:
-            done = subprocess.run([sys.executable, ROOT / script, *words], stdout=log, stderr=log,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen([sys.executable, ROOT / script, *words], stdout=log, stderr=log,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+            processes.append(process)
+            status = process.wait()
         with open(folder / "seconds.txt", "a") as file:
             file.write(f"{time.perf_counter() - begin:.0f}\n")
-        if done.returncode:
+        if status:
             last = "".join((folder / "log.txt").read_text().strip().splitlines()[-1:])
-            raise ChildProcessError(f"{name}: status {done.returncode}, {last}; see {folder}/log.txt")
+            raise ChildProcessError(f"{name}: status {status}, {last}; see {folder}/log.txt")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, command in sorted(runs.items(), key=lambda run: order.index(run[1].split()[0])):
@@ -312,6 +315,8 @@ def execute(runs, args):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
             raise
 
 
@@ -399,6 +404,7 @@ def main():
     parser.add_argument("--data-root", default="data", help="folder with the files of Fashion-MNIST (data)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default="runs/reproduce", help="folder of runs (runs/reproduce)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # like Ctrl-C
     with training.one_line_errors():
         args = parser.parse_args()
         args.out /= args.scale
