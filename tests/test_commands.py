@@ -23,34 +23,25 @@ SMALL = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=2, heads=2, pos
 # F/ is the folder of the fixture `files`. Where flags share a mechanism, such as ranges, a few stand for all.
 WRONG = {
     "pretrain": """
-        --stepz 3 | unrecognized arguments: --stepz 3
         --step 3 | unrecognized arguments: --step 3
         --steps 1e3 | argument --steps: invalid int value: '1e3'
         --pixel-mean 1 2 | argument --pixel-mean: expected 3 arguments
         --position sine | argument --position: invalid choice: 'sine' ...shared_relative
-        --device cuda:0 | argument --device: invalid choice: 'cuda:0'
         --device cuda | --device: 1 GPUs are needed and 0 are here; cpu works without
         --steps 2 --epochs 2 | --steps and --epochs: give one of them
         --out '' | --out: not an empty text
         --steps 0 | --steps: a number from 1 to inf, not 0
         --lr nan | --lr: a number from 1e-12 to inf, not nan
         --weight-decay inf | --weight-decay: a number from 0 to inf, not inf
-        --crop-scale 0 | --crop-scale: a number from 1e-06 to 1, not 0.0
-        --warmup 2 | --warmup: a number from 0 to 1, not 2.0
-        --seed -1 | --seed: a number from 0 to 4...
         --pixel-mean inf 0 0 | --pixel-mean: finite numbers
         --pixel-std 0 1 1 | --pixel-std: above 0
-        --mlp-ratio 0 | --mlp-ratio: above 0, not 0.0
         --drop-path 1 | --drop-path: from 0 to below 1, not 1.0
-        --layer-scale -1 | --layer-scale: 0 (none) or above
         --accumulate 3 | --batch-size: 32 does not divide into 1 processes x 3 parts; 33 would
         --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
         --patch-size 7 | --patch-size: a divisor of image_size 64, not 7
-        --image-size -64 | --patch-size: a divisor of image_size -64
         --heads 5 | --heads: a divisor of dim 128, not 5
         --mask-ratio 0 | --mask-ratio: between 0 and 1, so that some of the 64 patches are masked
         --mask-ratio 1 | --mask-ratio: between 0 and 1
-        --image-size 8 | --mask-ratio: between 0 and 1, so that some of the 1 patches
         --mask-ratio 0.99 --no-exact-masks | --mask-ratio: between 0 and 1
         --masking none | --masking: none ...--predict all
         --masking none --predict all --target pixels | --masking: none ...--target tokens
@@ -60,26 +51,18 @@ WRONG = {
         --target pixels --tokenizer-steps 3 | --tokenizer-steps: not used with ...--target pixels
         --tokenizer a.pt --tokenizer-steps 3 | --tokenizer-steps: not used with --tokenizer
         --data gone | --data: gone is not a folder, nor shapes, fashion-mnist
-        --data F/text | --data: F/text is not a folder
         --data F/folder | --data: no images under F/folder
         --data F/images --preset demo | --batch-size: 32 is more than the 2 training images
         --data fashion-mnist --data-root gone | --data-root: gone has no FashionMNIST/raw
-        --data cifar10 --data-root F/text | --data-root: F/text has no cifar-10-batches-py
         --data fashion-mnist --data-root F/hollow | --data-root: F/hollow ...damaged files
         --tokenizer gone.pt | --tokenizer: gone.pt does not exist; a model.pt of dvae.py or DALL-E's
-        --tokenizer F/folder | --tokenizer: F/folder is a folder
-        --tokenizer F/cut.pt | --tokenizer: F/cut.pt is cut off
         --tokenizer F/pretrained.pt | --tokenizer: F/pretrained.pt holds a MaskedImageModel
         --tokenizer F/misfit.pt | --tokenizer: F/misfit.pt holds a tokenizer whose weights and sizes do not
         --out F/text | --out: ...F/text
-        --out F/text/below | --out: ...F/text/below
         --out /proc/run | --out: .../proc/run""",
     "dvae": """
-        --preset demo-8193 | argument --preset: invalid choice: 'demo-8193' ...demo-8192
         --patch-size 8 | unrecognized arguments: --patch-size 8
-        --vocab-size 1 | --vocab-size: a number from 2 to inf
         --image-size 30 | --image-size: a multiple of 4 for 3 groups, not 30
-        --groups 40 | --image-size: a multiple of
         --data F/images --preset demo | --batch-size: 16 is more than the 2 training images
         --out F/text | --out: ...F/text
         --device cuda | --device: ...cpu works without""",
@@ -88,10 +71,7 @@ WRONG = {
         --eval | --init: runs/finetune-shapes/model.pt ...`python finetune.py --task classification`
         --init '' | --init: ...is a folder
         --init gone.pt | --init: gone.pt does not exist
-        --init F/empty.pt | --init: F/empty.pt is cut off, damaged or no file of weights
-        --init F/text | --init: F/text is cut off, damaged or no file of weights
         --init F/cut.pt | --init: F/cut.pt is cut off
-        --init F/web.pt | --init: F/web.pt is cut off, damaged or no file of weights
         --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer ...not a backbone
         --init F/pretrained.pt --patch-size 4 | --init: ...does not fit ...patch_embed.proj.weight
         --init F/pretrained.pt --position absolute | --init: ...--position shared_relative fits
@@ -101,10 +81,8 @@ WRONG = {
         --init none --task probe | --init: none leaves nothing to evaluate
         --init none --eval | --init: none leaves nothing to evaluate
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
-        --init none --scale 1 | argument --scale: expected 2 arguments
         --init none --scale 2 1 | --scale: the smaller number first, not (2.0, 1.0)
         --init none --scale 1 inf | --scale: a number from 1e-06 to inf, not inf
-        --init none --ema 1 | --ema: a number from 0 to 0.999999
         --init none --labels 3 | --labels: from 10, one a class, to 10000
         --init none --validate 10000 | --validate: from 1 to 9999
         --init none --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
@@ -117,24 +95,17 @@ WRONG = {
     "visualize": """
         | the following arguments are required: WHAT
         painting | argument WHAT: invalid choice: 'painting' ...masks
-        masks --init a.pt | unrecognized arguments: --init a.pt
-        masks --grid 4 | argument --grid: expected 2 arguments
         masks --grid 0 4 | argument --grid: a whole number from 1 to ...not 0
-        masks --count 0 | argument --count: a whole number from 1
         masks --ratio 0 | --ratio: between 0 and 1 so that some of the 196 patches are masked
         masks --ratio nan | --ratio: between 0 and 1 ...not nan
         masks --seed 99999999999999999999 | argument --seed: a whole number from 0 to 2147483647
-        masks --dpi 1000000 | argument --dpi: a whole number from 1 to 1200
         masks --out a.gif | --out: a file that ends in .png
         masks --out F/folder.png | --out: a file that ends in .png...not F/folder.png
         masks --out F/text/a.png | --out: F/text/a.png cannot be written (
-        positions --init F/pretrained.pt --out /proc/a/b.png | --out: /proc/a/b.png cannot be written (
         masks --data gone | --data: gone is not a folder
         masks --images gone.jpg | --images: gone.jpg cannot be read
-        masks --images F/text | --images: F/text cannot be read
         positions | --init: runs/pretrain-shapes/model.pt does not exist; `python pretrain.py` leaves
         positions --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer
-        predict --data F/images | --init: runs/pretrain-images/model.pt does not exist
         predict --init F/classifier.pt | --init: ...holds a ImageClassifier, not a MaskedImageModel
         predict --init F/pretrained.pt | --tokenizer: F/tokenizer/model.pt is not there; `python pretrain.py`
         predict --init F/pretrained.pt --tokenizer F/other.pt | --tokenizer: F/other.pt has 40 codes
@@ -143,7 +114,6 @@ WRONG = {
         tokens --tokenizer F/tokenizer.pt --size 30 | --size: a multiple of 4
         attention --init F/pretrained.pt --size 30 | --size: a multiple of the patch size 8
         attention --init F/pretrained.pt --layer 3 | --layer: 1 to 2
-        attention --init F/pretrained.pt --layer 0 | --layer: 1 to 2
         attention --init F/pretrained.pt --patch 9,9 | --patch: S, or ROW,COL from 0,0 to 3,3
         attention --init F/pretrained.pt --patch left | --patch: S, or ROW,COL
         attention-objects --init F/pretrained.pt --compare gone.pt | --compare: gone.pt does not exist
@@ -198,7 +168,6 @@ def files(tmp_path_factory):
     save("classifier.pt", vit.ImageClassifier(SMALL, 2), {**config, "classes": ["a", "b"]})
     save("segmenter.pt", vit.SemanticSegmenter(SMALL, 2), {**config, "classes": ["a", "b"]})
     (folder / "cut.pt").write_bytes((folder / "pretrained.pt").read_bytes()[:3000])
-    (folder / "empty.pt").write_bytes(b"")
     (folder / "web.pt").write_text("<html>not found</html>")
     (folder / "text").write_text("hello")
     for name in ("folder", "folder.png", "broken-log", "hollow/FashionMNIST/raw"):
@@ -230,10 +199,6 @@ def contents(folder):
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def words(flags, files):
-    return [word.replace("F/", f"{files}/") for word in shlex.split(flags)]
-
-
 def assert_refused(script, line, status, out, err, files):
     err = err.replace(f"{files}/", "F/")
     last = err.splitlines()[-1]
@@ -248,7 +213,8 @@ def test_wrong_command_lines_are_refused(script, flags, line, files, tmp_path, m
     module, before = importlib.import_module(MODULES.get(script, script)), contents(files)
     capfd.readouterr()                                                 # what libraries say when imported
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words(flags, files)])
+    flags = [word.replace("F/", f"{files}/") for word in shlex.split(flags)]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -256,14 +222,11 @@ def test_wrong_command_lines_are_refused(script, flags, line, files, tmp_path, m
     assert not list(tmp_path.iterdir()) and contents(files) == before
 
 
-@pytest.mark.parametrize("script, flags, line", [
-    ("pretrain", "--batch-size 0", "--batch-size: a number from 1 to inf, not 0"),
-    pytest.param("finetune", "--init gone.pt", "--init: gone.pt does not exist", marks=pytest.mark.long),
-    pytest.param("visualize", "masks --ratio nan", "--ratio: between 0 and 1", marks=pytest.mark.long)])
-def test_the_scripts_themselves_end_so(script, flags, line, files, tmp_path):
-    command = [sys.executable, ROOT / f"{script}.py", *shlex.split(flags)]
+def test_the_script_itself_ends_so(files, tmp_path):
+    command = [sys.executable, ROOT / "pretrain.py", "--batch-size", "0"]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert_refused(script, line, done.returncode, done.stdout, done.stderr, files)
+    line = "--batch-size: a number from 1 to inf, not 0"
+    assert_refused("pretrain", line, done.returncode, done.stdout, done.stderr, files)
     assert not list(tmp_path.iterdir())
 
 

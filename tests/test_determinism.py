@@ -1,8 +1,8 @@
 """How work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample,
 no crop and no mask, and no loss by more than rounding."""
 import hashlib
-import signal
 from functools import partial
+from signal import SIGTERM
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,7 @@ STEPS, BATCH = 5, 24    # of 50 images: two steps an epoch, so that five steps r
 
 # ---- The data path ----
 
-def global_batches(start=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, draw_mask=blockwise_mask):
+def global_batches(first=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, draw_mask=blockwise_mask):
     """A checksum of the two views and the mask that all processes and parts together see, for each step."""
     config = SimpleNamespace(batch_size=BATCH, accumulate=parts, seed=seed, workers=workers)
     scenes = Subset(data.Shapes("train"), range(50))
@@ -28,9 +28,9 @@ def global_batches(start=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, 
         patch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
             patch.setenv("RANK", str(rank))
-            loaders.append(iter(data.train_loader(views, config, torch.device("cpu"), start, stop)))
+            loaders.append(iter(data.train_loader(views, config, torch.device("cpu"), first, stop)))
     sums = []
-    for _ in range(start, stop):
+    for _ in range(first, stop):
         pieces = [next(loader) for _ in range(parts) for loader in loaders]
         columns = [torch.cat(column) for column in zip(*pieces)]
         assert [len(column) for column in columns] == [BATCH] * 3
@@ -56,7 +56,7 @@ def test_the_seed_decides(draw_mask):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers, world, parts", [
-    (0, 1, 4), (0, 2, 1), (0, 3, 4), (1, 1, 1), (1, 2, 4), (4, 1, 4), (2, 3, 1)])
+    (0, 1, 4), (0, 2, 1), (1, 1, 1), (1, 2, 4), (2, 3, 4)])
 def test_every_division_sees_the_same_global_batches(workers, world, parts, undivided):
     assert global_batches(workers=workers, world=world, parts=parts) == undivided
 
@@ -67,37 +67,34 @@ def test_a_run_in_pieces_sees_the_same_global_batches(undivided):
 
 # ---- Runs ----
 
-FLAGS = ["--jitter", "0.4", "--seed", "7", "--steps", "12"]
+FLAGS = ["--jitter", 0.4, "--seed", 7, "--steps", 12]
 
 
 @pytest.mark.long
 def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
-    """With stochastic depth: 0, 1 and 2 workers, and a run in three pieces with so many."""
-    flags = [*FLAGS, "--tokenizer", tokenizer, "--drop-path", "0.2"]
-    whole = [start(tmp_path / f"{workers}", *flags, "--workers", workers) for workers in (0, 1, 2)]
+    """With stochastic depth: no workers, two, and a run in three pieces with 1, 2 and none."""
+    flags = [*FLAGS, "--tokenizer", tokenizer, "--drop-path", 0.2]
+    others = [start(tmp_path / f"{workers}", *flags, "--workers", workers) for workers in (0, 2)]
     for workers, step in ((1, 2), (2, 9)):
-        stopped = start(tmp_path / "pieces", *flags, "--workers", workers,
-                        signal=signal.SIGTERM, at_step=step)
-        said, errors = finished(stopped, -signal.SIGTERM)
-        assert f"SIGTERM: stopped after step {step}; " in said and "Traceback" not in errors
-    for process in [*whole, start(tmp_path / "pieces", *flags)]:
+        stopped = start(tmp_path / "pieces", *flags, "--workers", workers, signal=SIGTERM, at_step=step)
+        said, _ = finished(stopped, -SIGTERM)
+        assert f"SIGTERM: stopped after step {step}; " in said
+    for process in [*others, start(tmp_path / "pieces", *flags)]:
         finished(process)
-    lines = {name: log(tmp_path / name) for name in ("0", "1", "2", "pieces")}
-    states = {name: torch.load(tmp_path / name / "model.pt")["model"] for name in lines}
-    assert [line["step"] for line in lines["0"]] == list(range(1, 13))
-    same = {name: lines[name] == lines["0"] and equal(states[name], states["0"]) for name in lines}
-    record_fault("SIGTERM in the middle of a step, run in three pieces", 2, int(not same["pieces"]))
-    assert all(same.values()), same
+    whole, *others = [tmp_path / name for name in ("0", "2", "pieces")]
+    assert len(log(whole)) == 12
+    for other in others:
+        assert log(other) == log(whole)
+        assert equal(*(torch.load(folder / "model.pt")["model"] for folder in (other, whole)))
+    record_fault("SIGTERM in the middle of a step, run in three pieces", 2)
 
 
 @pytest.mark.long
 def test_processes_and_parts_change_no_more_than_rounding(tokenizer, tmp_path):
     """3 processes with 4 accumulated parts each: the same sums in another order, 1e-4 of each figure."""
-    divided = "--accumulate", "4", "--workers", "1"
-    processes = [start(tmp_path / "1", *FLAGS, "--tokenizer", tokenizer),
-                 start(tmp_path / "3x4", *FLAGS, "--tokenizer", tokenizer, *divided, processes=3)]
-    for process in processes:
-        finished(process)
+    flags = [*FLAGS, "--tokenizer", tokenizer]
+    finished(start(tmp_path / "1", *flags))
+    finished(start(tmp_path / "3x4", *flags, "--accumulate", 4, "--workers", 1, processes=3))
     for one, other in zip(log(tmp_path / "1"), log(tmp_path / "3x4"), strict=True):
         for name in one.keys() & {"loss", "grad_norm", "val_loss"}:
             assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)

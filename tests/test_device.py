@@ -108,15 +108,13 @@ def train(script, device, out, *flags):
     return {path.name for path in out.iterdir()}
 
 
-def test_dvae(gpu, tmp_path):
-    flags = ["--image-size", 16, "--groups", 2, "--hidden", 4, "--vocab-size", 16, "--eval-every", 1]
-    assert {"model.pt", "tokenizer.png"} < train(dvae, gpu, tmp_path, *flags)
-
-
-def test_pretrain_on_pixels(gpu, tmp_path):
-    flags = [*MODEL, "--depth", 2, "--drop-path", 0.5, "--position", "absolute", "--accumulate", 2]
-    flags += ["--target", "pixels", "--precision", "fp16"]
-    assert {"model.pt", "predictions.png"} < train(pretrain, gpu, tmp_path, *flags)
+@pytest.mark.parametrize("script, flags, picture", [
+    (dvae, ["--image-size", 16, "--groups", 2, "--hidden", 4, "--vocab-size", 16, "--eval-every", 1],
+     "tokenizer.png"),
+    (pretrain, [*MODEL, "--depth", 2, "--drop-path", 0.5, "--position", "absolute", "--accumulate", 2,
+                "--target", "pixels", "--precision", "fp16"], "predictions.png")])
+def test_tokenizer_and_pretraining_on_pixels(gpu, script, flags, picture, tmp_path):
+    assert {"model.pt", picture} < train(script, gpu, tmp_path, *flags)
 
 
 def test_pretrain_on_tokens_continue_and_finetune(gpu, tmp_path):

@@ -141,14 +141,22 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked):
 
 
 def test_what_a_run_leaves(tmp_path):
-    train(None, tmp_path, "--steps", "2", "--tokenizer-steps", "1")    # it trains its tokenizer first
+    line, = train(None, tmp_path, "--steps", "1", "--tokenizer-steps", "3")    # it trains its tokenizer first
     tokenizer = json.loads((tmp_path / "tokenizer/config.json").read_text())
-    assert (tokenizer["steps"], tokenizer["image_size"]) == (1, 16)    # which gives 4x4 tokens
+    assert (tokenizer["steps"], tokenizer["image_size"]) == (3, 16)    # which gives 4x4 tokens
     for name in ("config.json", "last.pt", "result.json", "predictions.png"):
         assert (tmp_path / name).stat().st_size > 0
     kept = torch.load(tmp_path / "model.pt")
     model = vit.MaskedImageModel(vit.ViTConfig(**kept["config"]["vit"]), kept["config"]["vocab_size"])
     model.load_state_dict(kept["model"])
+    moved = model.lm_head.bias.abs().max().item()                      # from 0, by AdamW's first step
+    assert moved == pytest.approx(line["lr"], rel=1e-3)
+
+
+def test_training_images_vary_with_the_epoch_and_held_out_ones_do_not():
+    views, val_views = pretrain.open_views(parse(), *data.open_splits("shapes", ""), None)
+    assert not torch.equal(views[0, 5][0], views[1, 5][0])
+    assert torch.equal(val_views[0, 5][0], val_views[1, 5][0])
 
 
 @pytest.mark.parametrize("preset, clip_grad", [("base", 3.0), ("large", 1.0)])

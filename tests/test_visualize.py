@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import data
@@ -19,86 +18,66 @@ import visualize
 import vit
 from training import UserError
 
-SMALL = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0)
+POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
 
 
 def model_of(**fields):
+    """A masked image model of 4x4 patches. The tables of relative positions count up, in head 1."""
     torch.manual_seed(0)
-    return vit.MaskedImageModel(vit.ViTConfig(**{**SMALL, **fields}), vocab_size=50).eval()
+    sizes = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0)
+    model = vit.MaskedImageModel(vit.ViTConfig(**{**sizes, **fields}), vocab_size=50).eval()
+    for name, parameter in model.named_parameters():
+        if "table" in name:
+            parameter.data[:-3, 1] = torch.arange(len(parameter) - 3.0)    # offsets of query less key
+            parameter.data[:, 0].normal_()
+    return model.requires_grad_(False)
 
 
 def small_tokenizer():
     torch.manual_seed(0)
     tokenizer = dvae.DiscreteVAE(vocab_size=50, hidden=8, groups=3, blocks_per_group=1).eval()
     tokenizer.initialise_codes(scenes(8, 16))
-    return tokenizer
-
-
-def drawn(figure):
-    """The figure's pixels (H, W, 3), and for each of its axes with data (axis, its part of them)."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
-    panels = []
-    for axis in figure.axes:
-        if axis.images or axis.lines or axis.patches or axis.collections:
-            box = axis.get_window_extent()
-            rows = slice(round(len(pixels) - box.y1), round(len(pixels) - box.y0))
-            panels.append((axis, pixels[rows, round(box.x0):round(box.x1)]))
-    return pixels, panels
-
-
-def assert_drawn(figure):
-    _, panels = drawn(figure)
-    assert panels
-    for axis, part in panels:
-        assert part.size and part.std() > 1, f"panel {axis.get_title()!r} is blank"
-    return panels
+    return tokenizer.requires_grad_(False)
 
 
 def scenes(count, side):
     return visualize.squares([Image.fromarray(data.render_scene("val", i)[0]) for i in range(count)], side)
 
 
-# ---- Masks ----
+def shown(axis, picture=0):
+    """The array that an axis shows; images as (3, H, W)."""
+    array = torch.as_tensor(np.asarray(axis.images[picture].get_array()))
+    return array.permute(2, 0, 1) if array.dim() == 3 else array
 
-def test_masked_cells_are_those_of_the_mask():
-    image, mask = torch.rand(3, 32, 32) * 0.3, np.zeros((4, 4), bool)
-    mask[1, 2] = mask[3, 0] = True
-    grey = (visualize.hide(image, mask) == 0.5).all(0)
-    assert torch.equal(grey, torch.from_numpy(mask).repeat_interleave(8, 0).repeat_interleave(8, 1))
 
+# ---- Masks and tokens ----
 
 def test_masks_figure():
-    rng = np.random.default_rng(0)
-    masks = {"blockwise": [masking.blockwise_mask((14, 14), 75, rng) for _ in range(4)],
-             "random": [masking.random_mask((14, 14), 75, rng) for _ in range(4)]}
-    coverage = {label: np.mean(drawn, axis=0) for label, drawn in masks.items()}
-    figure = visualize.figure_masks(scenes(4, 56), masks, coverage)
-    assert_drawn(figure)
-    assert figure.axes[0].get_ylabel() == "blockwise\n75 of 196"
-    np.testing.assert_array_equal(figure.axes[4].images[0].get_array(), coverage["blockwise"])
-
-
-# ---- Tokens ----
-
-def test_the_same_token_has_the_same_colour_and_others_have_others():
-    colours = visualize.token_colours(torch.tensor([[3, 3], [7, 8000]])).permute(1, 2, 0).flatten(0, 1)
-    assert torch.equal(colours[0], colours[1]) and len(colours.unique(dim=0)) == 3
-    assert 0 <= colours.min() and colours.max() <= 1
+    images, cells = torch.rand(2, 3, 32, 48) * 0.3, np.zeros((2, 4, 6), bool)
+    cells[0, 1, 2] = cells[0, 3, 0] = cells[1, 2, 2] = True
+    coverage = {"blockwise": np.arange(24).reshape(4, 6) / 23, "random": np.ones((4, 6))}
+    figure = visualize.figure_masks(images, {"blockwise": cells, "random": cells}, coverage)
+    grey = (shown(figure.axes[0]) == 0.5).all(0)
+    assert torch.equal(grey, torch.from_numpy(cells[0]).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    assert figure.axes[0].get_ylabel() == "blockwise\n2 of 24"
+    np.testing.assert_array_equal(shown(figure.axes[2]), coverage["blockwise"])
+    assert figure.axes[2].get_xlabel() == "corner 0.00, edge 0.13,\ncentre 0.65"
 
 
 def test_tokens_figure_shows_the_most_used_codes_and_their_patches():
     images = torch.zeros(1, 3, 4, 4)
     images[0, :, :2, :2] = images[0, :, 2:, 2:] = 0.9
-    figure = visualize.figure_tokens(images, torch.tensor([[[5, 2], [6, 5]]]), images, images / 2)
+    figure = visualize.figure_tokens(images, torch.tensor([[[5, 2], [8000, 5]]]), images, images / 2)
     *pictures, first, second, third = figure.axes
     assert first.get_title() == "5: 50.0%" and not third.images
-    assert all((axis.images[0].get_array() == np.float32(0.9)).all() for axis in (first, second))
+    assert all((shown(axis) == 0.9).all() for axis in (first, second))
+    colours = shown(pictures[1]).flatten(1).t()    # the same for the same token
+    assert torch.equal(colours[0], colours[3]) and len(colours.unique(dim=0)) == 3
     assert pictures[3].get_ylabel() == "hard codes\nerror 0.1013"
 
 
-@torch.no_grad()
+# ---- Predictions ----
+
 def test_predictions_are_the_models_behind_the_mask_and_the_truth_elsewhere():
     tokenizer, model, images, token_images = small_tokenizer(), model_of(), scenes(3, 32), scenes(3, 16)
     rng = np.random.default_rng(0)
@@ -111,18 +90,15 @@ def test_predictions_are_the_models_behind_the_mask_and_the_truth_elsewhere():
     assert torch.equal(columns["tokenizer at best"], tokenizer.decode(true))
     right = mask.clone()
     right[0, ~mask[0]] = True    # outside of the mask nothing is outlined
-    figure = visualize.figure_predictions(columns, mask, right)
-    outlines = [axis for axis in figure.axes if axis.patches]
-    assert [len(axis.patches) for axis in outlines] == [6, 6, 6]
-    first = sorted((int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4)
-                   for patch in outlines[0].patches)
-    assert first == sorted(map(tuple, mask[0].nonzero().tolist()))
-    pipeline = (images[0], mask[0], true[0], guess[0], columns["tokenizer at best"][0],
-                columns["prediction"][0])
-    assert_drawn(visualize.figure_pipeline(*pipeline))
+    axes = visualize.figure_predictions(columns, mask, right).axes
+    for i, place in enumerate((3, 11, 7)):    # two images a row, four pictures each
+        torch.testing.assert_close(shown(axes[place]), columns["prediction"][i])
+        cells = [(int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4)
+                 for patch in axes[place].patches]
+        assert sorted(cells) == sorted(map(tuple, mask[i].nonzero().tolist()))
+        assert axes[place].get_xlabel() == "6 of 6: 100%"
 
 
-@torch.no_grad()
 def test_predictions_without_masks_and_decoder_and_of_pixels():
     tokenizer, images, token_images = small_tokenizer(), scenes(2, 32), scenes(2, 16)
     tokenizer.decoder, model, mask = None, model_of(), torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -138,72 +114,60 @@ def test_predictions_without_masks_and_decoder_and_of_pixels():
     seen = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
     torch.testing.assert_close(columns["prediction"][seen], images[seen])
     assert right is None and not torch.allclose(columns["prediction"][~seen], images[~seen])
-    assert_drawn(visualize.figure_predictions(columns, mask))
+    assert len(visualize.figure_predictions(columns, mask).axes) == 6
+
+
+def test_the_pipeline_shows_what_was_predicted_and_what_was_true():
+    mask = torch.tensor([[True, False], [True, False]])
+    true, guess = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 4]])
+    crop, best, prediction = torch.rand(3, 8, 8), torch.rand(3, 4, 4), torch.rand(3, 4, 4)
+    figure = visualize.figure_pipeline(crop, mask, true, guess, best, prediction)
+    above, below = figure.axes[:9], figure.axes[9:]
+    for axis, tokens in ((above[6], guess), (below[4], true)):
+        colours = torch.where(mask, visualize.token_colours(tokens), 1.0)
+        torch.testing.assert_close(shown(axis), colours.float())
+    assert torch.equal(shown(above[8]), prediction) and torch.equal(shown(below[8]), best)
+    assert torch.equal((shown(above[4]) == 0.5).all(0)[::4, ::4], mask)
+    right = [patch.get_xy() for patch in above[6].patches if patch.get_width() == 1]
+    assert set(right) == {(-0.5, -0.5)} and "1 of 2 right" in below[6].texts[0].get_text()
 
 
 # ---- Attention ----
 
-@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+@POSITIONS
 def test_every_attention_map_is_attention_maps_of_each_layer(position):
     model, images = model_of(position=position, layer_scale=0.1), torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        for table in [parameter for name, parameter in model.named_parameters() if "table" in name]:
-            table.normal_()
-        for layer, one in enumerate(visualize.every_attention_map(model, images)):
-            torch.testing.assert_close(one, model.attention_maps(images, layer))
+    for layer, one in enumerate(visualize.every_attention_map(model, images)):
+        torch.testing.assert_close(one, model.attention_maps(images, layer))
+    assert visualize.at_size(model, (32, 32)) is model
+    wide = visualize.at_size(model, (32, 64))
+    assert torch.equal(wide.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+    assert visualize.every_attention_map(wide, torch.rand(1, 3, 32, 64))[0].shape == (1, 2, 33, 33)
 
 
 def moved(grid, by):
     """Each patch attends to the one `by` rows and columns further, around the edges, and [S] to patch 0."""
     (h, w), attention = grid, torch.zeros(1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
     attention[0, 1] = 1
-    for row in range(h):
-        for column in range(w):
-            attention[1 + row * w + column, 1 + (row + by[0]) % h * w + (column + by[1]) % w] = 1
+    for row, column in np.ndindex(grid):
+        attention[1 + row * w + column, 1 + (row + by[0]) % h * w + (column + by[1]) % w] = 1
     return attention
 
 
-def test_the_marked_patch_is_the_one_whose_row_is_plotted():
-    grid = (4, 6)
-    attention = moved(grid, (1, 2))[None]
-    assert visualize.reference_maps(attention, (2, 1), grid)[0].nonzero().tolist() == [[3, 3]]
-    assert visualize.reference_maps(attention, "S", grid)[0].nonzero().tolist() == [[0, 0]]
-    figure = visualize.figure_attention(torch.rand(3, 32, 48), attention, [(2, 1), "S"], grid)
-    image, heat, _, of_cls = figure.axes[:4]                           # image, mean, head; then those of [S]
+def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
+    grid, maps = (4, 6), torch.stack([moved((4, 6), (1, 2)), moved((4, 6), (0, 0))])
+    figure = visualize.figure_attention(torch.rand(3, 32, 48), maps, [(2, 1), "S"], grid)
+    assert [axis.get_title() for axis in figure.axes[:4]] == ["", "mean of heads", "head 1", "head 2"]
+    image, mean, first, second, of_cls = figure.axes[:5]
+    assert (image.get_ylabel(), of_cls.get_ylabel()) == ("patch 2,1", "[S]")
     (x,), (y,) = image.lines[0].get_data()
-    assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1)    # the mark is in patch (2, 1)
-    drawn_map = heat.images[1].get_array()
-    assert np.argwhere(drawn_map == drawn_map.max()).tolist() == [[3, 3]]
-    assert not of_cls.lines                                            # [S] has no place
-    assert_drawn(figure)
-
-
-def test_the_overlay_lies_on_the_image_within_a_patch():
-    grid, image = (4, 6), torch.zeros(3, 32, 48)
-    figure = visualize.figure_attention(image, moved(grid, (1, 2))[None], [(2, 1)], grid)
-    _, panels = drawn(figure)
-    pixels = panels[1][1].sum(-1)    # four rows and six columns of patches
-    height, width = pixels.shape[0] / 4, pixels.shape[1] / 6
-    # the mark, brightest of all
-    pixels[round(2 * height):round(3 * height), round(width):round(2 * width)] = 0
-    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
-    assert (int(row / height), int(column / width)) == (3, 3)
-    assert panels[1][0].images[0].get_extent() == panels[1][0].images[1].get_extent()
-
-
-def test_a_figure_has_the_mean_and_each_head():
-    maps = torch.stack([moved((2, 2), (0, 1)), moved((2, 2), (1, 0))])
-    figure = visualize.figure_attention(torch.rand(3, 8, 8), maps, [(0, 0)], (2, 2), "title")
-    assert [axis.get_title() for axis in figure.axes] == ["", "mean of heads", "head 1", "head 2"]
-    assert figure.axes[0].get_ylabel() == "patch 0,0"
-    mean, head = (figure.axes[i].images[1].get_array() for i in (1, 3))
-    assert mean.tolist() == [[0, 0.5], [0.5, 0]] and head.tolist() == [[0, 0], [1, 0]]
-
-
-def test_twelve_heads_fit():
-    figure = visualize.figure_attention(torch.rand(3, 16, 16), torch.rand(12, 5, 5), [(0, 0), (1, 1)], (2, 2))
-    assert sum(axis.get_title().startswith("head") for axis in figure.axes) == 12 and len(figure.axes) == 28
-    assert_drawn(figure)
+    assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1) and not of_cls.lines    # [S] has no place
+    for axis, cells in ((mean, {(3, 3): 0.5, (2, 1): 0.5}), (first, {(3, 3): 1}), (second, {(2, 1): 1}),
+                        (figure.axes[7], {(0, 0): 1})):
+        heat = shown(axis, 1)
+        assert {tuple(cell): heat[tuple(cell)] for cell in heat.nonzero().tolist()} == cells
+        assert all([*picture.get_extent()] == [-0.5, 47.5, 31.5, -0.5] for picture in axis.images)
+    assert mean.images[1].get_clim()[1] == 0.5 and second.images[1].get_clim()[1] < 1e-9    # not by itself
 
 
 def test_reference_patches_fall_on_the_object():
@@ -211,91 +175,86 @@ def test_reference_patches_fall_on_the_object():
     image[0, 16:40, 24:48] = 0.9
     chosen = visualize.reference_patches(image, (8, 8), 3)
     assert len(set(chosen)) == 3 and all(2 <= row < 5 and 3 <= column < 6 for row, column in chosen)
+    assert max(abs(a - b) for a, b in zip(chosen[0], chosen[1])) == 2    # far from each other
 
 
 def test_attention_distances_by_hand():
-    torch.testing.assert_close(visualize.attention_distances([moved((1, 2), (0, 1))[None, None]], (1, 2), 16),
-                               torch.tensor([[16.0]]))
-    uniform = torch.full((1, 1, 5, 5), 0.2)    # of 4 patches: 0, 8, 8 and 8 sqrt 2 away
-    torch.testing.assert_close(visualize.attention_distances([uniform], (2, 2), 8),
-                               torch.tensor([[(16 + 8 * 2 ** 0.5) / 4]]))
+    neighbour, uniform = moved((1, 2), (0, 1))[None, None], torch.full((1, 1, 5, 5), 0.2)
+    assert visualize.attention_distances([neighbour], (1, 2), 16).tolist() == [[16]]
+    away = (16 + 8 * 2 ** 0.5) / 4    # from each of 4 patches the others are 8, 8 and 8 sqrt 2 away
+    assert visualize.attention_distances([uniform], (2, 2), 8).item() == pytest.approx(away)
 
 
-def test_object_attention_by_hand():
-    cover = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])    # the object is half of four patches in a row
-    uniform = torch.full((1, 2, 5, 5), 0.2)
-    torch.testing.assert_close(visualize.object_attention([uniform], cover), torch.tensor([1.0]))
-    on_it = torch.zeros(1, 1, 5, 5)
-    on_it[..., 1:3] = 0.5
-    torch.testing.assert_close(visualize.object_attention([on_it], cover), torch.tensor([2.0]))
-    wide = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])    # patch 0 counts 2 and 3: half of that is object
-    torch.testing.assert_close(visualize.object_attention([uniform], wide, near=1), torch.tensor([1.0]))
-    far = torch.zeros(1, 1, 5, 5)
-    far[0, 0, 1, 4] = far[0, 0, 4, 1] = 0.3
-    far[0, 0, 1, 1] = far[0, 0, 4, 4] = 0.7    # itself, which is not counted
-    torch.testing.assert_close(visualize.object_attention([far], wide, near=1), torch.tensor([2.0]))
+UNIFORM, ON_IT, FAR = torch.full((5, 5), 0.2), torch.zeros(5, 5), torch.zeros(5, 5)
+ON_IT[:, 1:3] = 0.5
+FAR[1, 3:] = FAR[4, 1:3] = 0.3
+FAR[1, 1] = FAR[4, 4] = 0.4    # itself, which is not counted where near=1
+
+
+@pytest.mark.parametrize("attention, cover, near, expected", [
+    (UNIFORM, [1, 1, 0, 0], None, 1), (ON_IT, [1, 1, 0, 0], None, 2), (ON_IT, [0.4, 0.6, 0, 0], None, 2),
+    (UNIFORM, [1, 0, 1, 1], 1, 1), (FAR, [1, 0, 0, 1], 1, 1)])    # patch 0 counts 2 and 3, patch 3 0 and 1
+def test_object_attention_by_hand(attention, cover, near, expected):
+    found = visualize.object_attention([attention[None, None]], torch.tensor([[cover]]), near)
+    assert found.tolist() == pytest.approx([expected])
+
+
+def test_scenes_with_the_cover_of_their_object():
+    images, cover = visualize.object_scenes(3, vit.ViTConfig(image_size=32, patch_size=8))
+    _, label, classes = data.render_scene("val", 2)
+    assert torch.equal(images, scenes(3, 32)) and cover.shape == (3, 4, 4)
+    assert cover[2, 1, 2] == (classes[16:32, 32:48] == 1 + label).mean()
 
 
 def test_lines_by_layer():
-    values, heads = [0.2, 0.4, 0.3], torch.rand(3, 2)
-    panels = {"all": {"a": values, "b": torch.rand(3)}, "far": {"a": heads}}
-    figure = visualize.figure_by_layer(panels, "ratio")
-    assert_drawn(figure)
+    heads = torch.rand(3, 2)
+    lines = {"all": {"a": [0.2, 0.4, 0.3], "b": torch.rand(3)}, "far": {"a": heads}}
+    figure = visualize.figure_by_layer(lines, "ratio")
     first, second = figure.axes
-    assert first.lines[0].get_ydata().tolist() == pytest.approx(values) and len(first.lines) == 2
+    np.testing.assert_allclose(first.lines[0].get_xydata(), [[1, 0.2], [2, 0.4], [3, 0.3]])
     np.testing.assert_allclose(second.lines[-1].get_ydata(), heads.mean(1))    # after a dot for each head
     assert first.get_title() == "all" and first.get_ylabel() == "ratio"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
+
+# ---- Results, positions, curves ----
 
 def test_results_of_finetuning_are_drawn():
-    images, classes = torch.rand(3, 3, 16, 16), ["a", "$b", "c"]       # a $ is no formula
+    images, classes = torch.rand(3, 3, 16, 16), ["a", "$b$", "c"]      # a $ is no formula
     share = torch.tensor([0.1, 0.7, 0.2])
     figure = visualize.figure_classes(images, [1, 0, 2], [share] * 3, classes)
-    picture, bars = figure.axes[:2]
-    assert picture.get_title() == "$b" and bars.texts[0].get_text() == "$b  70%"
+    picture, bars, _, others = figure.axes[:4]
+    assert picture.get_title() == "$b$" and picture.title.get_parse_math() is False
+    assert [text.get_text() for text in others.texts] == ["$b$  70%", "c  20%", "a  10%"]
     right, wrong, _ = bars.patches
-    assert right.get_width() == pytest.approx(0.7) and right.get_facecolor() != wrong.get_facecolor()
-    assert_drawn(figure)
+    assert right.get_width() == pytest.approx(0.7) and sum(right.get_facecolor()) < sum(wrong.get_facecolor())
+    assert right.get_facecolor() == others.patches[2].get_facecolor()
     truth = torch.zeros(16, 16, dtype=torch.uint8)
     truth[8:], truth[0] = 1, data.IGNORE
-    figure = visualize.figure_segments(images, [truth] * 3, [truth.long().clamp(max=2)] * 3, classes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == classes
-    colours = figure.axes[1].images[0].get_array()
-    assert (colours[0] == 1).all() and (colours[1:8] == 0).all() and np.ptp(colours[8:]) > 0
-    assert_drawn(figure)
+    figure = visualize.figure_segments(images, [truth] * 3, [truth.clamp(max=1)] * 3, classes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "$b$"]
+    colours = shown(figure.axes[1])
+    assert (colours[:, 0] == 1).all() and (colours[:, 1:8] == 0).all() and len(colours[:, 8:].unique()) > 1
 
 
-@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+@POSITIONS
 def test_positions_figure(position):
-    model = model_of(position=position)
-    with torch.no_grad():
-        for table in [p for n, p in model.named_parameters() if "table" in n]:
-            table[:-3, 1] = torch.arange(len(table) - 3.0)    # offsets of query less key, row by row
-    figure = visualize.figure_positions(model)
+    figure = visualize.figure_positions(model_of(position=position))
     if position == "absolute":
-        picture = figure.axes[5].images[0].get_array()    # a 4x4 grid is shown in full: row 1, column 1
-        assert np.unravel_index(picture.argmax(), picture.shape) == (1, 1)
-        assert picture.max() == pytest.approx(1)
-        assert_drawn(figure)
+        assert (figure.axes[0].get_ylabel(), figure.axes[1].get_title()) == ("row 0", "column 1")
+        for i, (row, column) in enumerate(np.ndindex(4, 4)):    # a 4x4 grid is shown in full
+            assert shown(figure.axes[i]).argmax() == row * 4 + column
+            assert shown(figure.axes[i]).max() == pytest.approx(1)
     else:
         # key below and right of the query: top left of the table
-        picture = figure.axes[1].images[0].get_array()
+        picture = shown(figure.axes[1])
         assert picture[-1, -1] == 0 and picture[0, 0] == picture.max() == 48
+        labels = [axis.get_ylabel() for axis in figure.axes[:-1:2]]
+        assert labels == (["layer 1", "layer 2", "layer 3"] if position == "relative" else ["all layers"])
 
 
-@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
-def test_a_model_at_another_size(position):
-    model = model_of(position=position)
-    assert visualize.at_size(model, (32, 32)) is model
-    wide = visualize.at_size(model, (32, 64))
-    assert visualize.every_attention_map(wide, torch.rand(1, 3, 32, 64))[0].shape == (1, 2, 33, 33)
-
-
-# ---- Curves ----
-
-def log_of(folder, steps=50, **config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"out": str(folder), "seed": 0, **config}))
+def log_of(folder, steps=50):
+    folder.mkdir(parents=True)
     lines = [dict(step=i, loss=5 - i / 20, accuracy=i / 100, lr=1e-3, images_per_second=100 + i % 3,
                   unigram_entropy=4.5, majority_accuracy=0.1, chance_loss=5.2) for i in range(1, steps + 1)]
     lines[-1]["val_loss"] = 2.6
@@ -304,18 +263,22 @@ def log_of(folder, steps=50, **config):
 
 
 def test_curves_of_several_runs(tmp_path):
-    folders = [log_of(tmp_path / "a"), log_of(tmp_path / "b", steps=20)]
+    folders = [log_of(tmp_path / "a", steps=160), log_of(tmp_path / "b", steps=20)]
     runs = visualize.read_runs(folders)
-    assert list(runs) == [str(folder) for folder in folders]
-    assert [line["step"] for line in runs[str(folders[0])]] == list(range(1, 51))
+    assert [len(lines) for lines in runs.values()] == [160, 20]
     figure = visualize.figure_curves(runs)
-    assert_drawn(figure)
-    loss, accuracy, _, _ = figure.axes
+    loss, accuracy, _, images_a_second = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(folder) for folder in folders]
     labels = [text.get_text() for text in loss.get_legend().get_texts()]
     assert labels == ["unigram entropy", "chance loss"] and accuracy.get_legend()
     assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [5.2, 5.2]
-    (points,) = [line for line in loss.lines if line.get_marker() == "o"][:1]
-    assert points.get_xydata().tolist() == [[50, 2.6]]
+    points, _ = [line for line in loss.lines if line.get_marker() == "o"]
+    assert points.get_xydata().tolist() == [[160, 2.6]]
+    first, second = [line for line in loss.lines if line.get_alpha() == 0.35]
+    assert (first.get_color(), second.get_color(), len(second.get_xdata())) == ("C0", "C1", 20)
+    np.testing.assert_allclose(first.get_ydata(), 5 - np.arange(1, 161) / 20)
+    thin, thick = images_a_second.lines[:2]
+    np.testing.assert_allclose(thick.get_ydata(), visualize.smooth(thin.get_ydata(), 4))
 
 
 def test_logs_that_are_half_written_or_damaged(tmp_path):
@@ -327,8 +290,6 @@ def test_logs_that_are_half_written_or_damaged(tmp_path):
         (folder / "metrics.jsonl").write_text(text)
         with pytest.raises(ValueError, match="a/metrics.jsonl is not the log of a training script"):
             visualize.read_runs([folder])
-    with pytest.raises(ValueError, match="b/metrics.jsonl is not the log .*No such file"):
-        visualize.read_runs([tmp_path / "b"])
 
 
 def test_smooth_is_a_centred_mean():
@@ -344,33 +305,53 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("visualize")
     tokenizer, model = small_tokenizer(), model_of(position="shared_relative")
     config = {"vit": dataclasses.asdict(model.config), "vocab_size": 50}
-    (folder / "runs").mkdir()
     out = log_of(folder / "runs/pretrain-shapes")
     (out / "tokenizer").mkdir()
     (out / "tokenizer/config.json").write_text('{"image_size": 16}')
-    for path, one, sizes in ((out / "tokenizer/model.pt", tokenizer, tokenizer.config),
-                             (out / "model.pt", model, config)):
-        torch.save({"kind": type(one).__name__, "config": sizes, "model": one.state_dict()}, path)
+    for name, one, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
+                             ("bare.pt", tokenizer, tokenizer.config), ("model.pt", model, config)):
+        torch.save({"kind": type(one).__name__, "config": sizes, "model": one.state_dict()}, out / name)
     rng = np.random.default_rng(0)
-    large = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((2400, 1800))
-    large.save(folder / "large.jpg", quality=20)
-    Image.fromarray(rng.integers(0, 255, (50, 70), dtype=np.uint8)).save(folder / "grey.png")
-    Image.fromarray(rng.integers(0, 255, (20, 30, 4), dtype=np.uint8)).save(folder / "icon.png")
+    for name, size, mode in (("large.jpg", (2400, 1800), "RGB"), ("grey.png", (70, 50), "L"),
+                             ("icon.png", (30, 20), "RGBA")):
+        noise = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+        noise.resize(size).convert(mode).save(folder / name)
     return folder
 
 
 @pytest.mark.parametrize("words", [
     "masks --grid 6 9 --ratio 0.2 --count 2", "tokens --count 2", "tokens --images icon.png",
-    "predict --count 3", "predict --count 1 --ratio 0.6",
-    "predict --images large.jpg grey.png icon.png", "attention --patch 1,2 --patch S --layer 1",
-    "attention --images grey.png --size 64", "attention-distance --count 2",
-    "attention-objects --count 4", "positions", "curves", "pipeline", "pipeline --images large.jpg"])
+    "tokens --count 1 --tokenizer runs/pretrain-shapes/bare.pt", "predict --count 3",
+    "predict --count 1 --ratio 0.6", "predict --images large.jpg grey.png icon.png",
+    "attention --patch 1,2 --patch S", "attention --images grey.png --size 64",
+    "attention-distance --count 2", "attention-objects --count 4", "positions", "curves", "pipeline",
+    "pipeline --images large.jpg"])
 def test_each_command_draws(monkeypatch, run, words):
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "argv", ["visualize.py", *words.split(), "--out", "out.png", "--dpi", "40"])
     visualize.main()
     picture = np.array(Image.open("out.png"))[..., :3]
     assert min(picture.shape[:2]) > 80 and picture.std() > 5
+
+
+def test_the_attention_command_draws_the_layer_and_the_patches_asked_for(run):
+    def axes_of(words):
+        words = ["attention", "--init", f"{run}/runs/pretrain-shapes/model.pt", *words.split()]
+        return visualize.attention(visualize.parser().parse_args(words)).axes
+
+    axes = axes_of("--layer 1 --patch 1,2 --patch S --first 2")
+    model, image = visualize.open_model(run / "runs/pretrain-shapes/model.pt"), scenes(3, 32)[2]
+    maps = model.attention_maps(image[None], 0)[0].detach()
+    assert [axes[i].get_ylabel() for i in (0, 4)] == ["patch 1,2", "[S]"]
+    torch.testing.assert_close(shown(axes[3], 1), maps[1, 1 + 1 * 4 + 2, 1:].view(4, 4))
+    assert (shown(axes[0]) - image).abs().mean() < 0.02    # resized by another function
+    assert shown(axes_of(f"--images {run}/grey.png --size 64")[0]).shape == (3, 64, 88)    # 64x90, in patches
+
+
+def test_pictures_are_cut_to_their_centred_square():
+    picture = np.zeros((10, 30, 3), dtype=np.uint8)
+    picture[:, 5:25] = 255
+    assert (visualize.squares([Image.fromarray(picture)], 5) == 1).all()
 
 
 @pytest.mark.long
