@@ -6,6 +6,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
@@ -248,12 +249,12 @@ def build_model(config, classes):
     return model
 
 
-def mixing(config, num_classes):
+def mixing(config, model):
     """(images, labels) -> (images, labels or shares of classes (B, C)): mixup or cutmix within the batch."""
-    ways = [way(alpha=alpha, num_classes=num_classes)
-            for way, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
-    if config.task != "classification" or not ways:
+    if config.task != "classification" or not (config.mixup or config.cutmix):
         return lambda images, labels: (images, labels)
+    ways = [way(alpha=alpha, num_classes=model.head.out_features)
+            for way, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
     return v2.RandomChoice(ways)
 
 
@@ -389,7 +390,7 @@ def window_starts(length, size):
 # ---- Fine-tuning ----
 
 def train(config, device):
-    """Do the task in the folder config.out, or continue there: images -> mixing -> logits -> loss -> step.
+    """Do the task in the folder config.out, or continue there.
 
     Leaves metrics.jsonl, last.pt, model.pt, result.json and a picture: predictions.png, segments.png or
     layers.png. UserError, before anything is written, for data or an --init that do not fit.
@@ -400,28 +401,44 @@ def train(config, device):
         return knn(config, device, views, val_views, len(classes), precision)
     torch.manual_seed(config.seed)
     model = build_model(config, classes).to(device)
-    evaluate = evaluate_maps if config.task == "segmentation" else evaluate_labels
+    evaluate = partial(evaluate_maps if config.task == "segmentation" else evaluate_labels, views=val_views,
+                       config=config, precision=precision, device=device)
     if config.eval:
-        report = evaluate(model, val_views, config, precision, device)
-        return training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+        return training.say(f"{len(val_views)} held-out images: {in_words(evaluate(model))}")
     total, per_epoch = training.steps_and_epoch(config, len(views))
     run = training.Run(config, device, total)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, config.weight_decay, config.layer_decay),
-                                  fused=True)
-    parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
-    if config.ema:
-        parts["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    kept = parts["ema"].module if config.ema else model                # evaluated, and written to model.pt
-    run.restore(**parts)
-    network = training.distribute(torch.compile(model) if config.compile else model, device)
-    batches = iter(data.train_loader(views, config, device, run.start, total))
-    mix = mixing(config, len(classes))
-    schedule = warmup_linear if config.task == "segmentation" else training.warmup_cosine
     training.say(f"{config.task}: {len(classes)} classes, {len(views)} images, {len(val_views)} held out; "
                  f"{total} steps of {config.batch_size}, {total / per_epoch:.3g} epochs, peak lr "
                  f"{config.lr:g}; {training.world_size()} x {device}, {precision.dtype}")
+    model, report = fit(model, run, views, evaluate, precision, device)
+    training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+    if "iou" in report:
+        report["iou"] = {name: value if math.isfinite(value) else None
+                         for name, value in zip(classes, report["iou"])}
+    run.finish(model, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
+    if training.rank() == 0:
+        draw(model, val_views, classes, report, config, precision, device)
+
+
+def fit(model, run, views, evaluate, precision, device):
+    """The training loop: images -> mixing -> logits -> loss -> step.
+
+    Returns the model to keep, which is the moving average with --ema, and its evaluation.
+    """
+    config, total = run.config, run.steps
+    groups = training.parameter_groups(model, config.weight_decay, config.layer_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
+    if config.ema:
+        parts["ema"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    kept = parts["ema"].module if config.ema else model
+    run.restore(**parts)
+    network = training.distribute(torch.compile(model) if config.compile else model, device)
+    batches = iter(data.train_loader(views, config, device, run.start, total))
+    mix = mixing(config, model)
+    schedule = warmup_linear if config.task == "segmentation" else training.warmup_cosine
     report = {}
     for step in run.progress("finetune"):
         training.seed_step(config.seed, step)
@@ -442,21 +459,11 @@ def train(config, device):
         grad_norm = precision.update(optimizer, config.clip_grad)
         if config.ema:
             parts["ema"].update_parameters(model)
-        report = {}
-        if (step + 1) % config.eval_every == 0 or step + 1 == total:
-            report = evaluate(kept, val_views, config, precision, device)
+        report = evaluate(kept) if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
         run.log(step + 1, loss=loss, lr=lr, grad_norm=grad_norm,
                 **{f"val_{name}": value for name, value in numbers(report).items()})
         run.save_or_stop(step + 1, **parts)
-
-    report = report or evaluate(kept, val_views, config, precision, device)    # killed after the last step
-    training.say(f"{len(val_views)} held-out images: {in_words(report)}")
-    if "iou" in report:
-        report["iou"] = {name: value if math.isfinite(value) else None
-                         for name, value in zip(classes, report["iou"])}
-    run.finish(kept, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
-    if training.rank() == 0:
-        draw(kept, val_views, classes, report, config, precision, device)
+    return kept, report or evaluate(kept)                              # it was killed after its last step
 
 
 def numbers(report):

@@ -220,11 +220,13 @@ def test_the_picture_shows_what_the_model_predicts(kept):
 # ---- By hand ----
 
 def test_mixup_and_cutmix():
+    classifier = vit.ImageClassifier(vit.ViTConfig(image_size=16, dim=8, depth=1, heads=2), 5)
+
     def mixed(seed=0, **alphas):
         config = training.build(finetune.Config, {**dict(mixup=0.0, cutmix=0.0), **alphas})
         torch.manual_seed(seed)
         images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16)
-        return images, *finetune.mixing(config, 5)(images, torch.arange(4))
+        return images, *finetune.mixing(config, classifier)(images, torch.arange(4))
 
     for off in (dict(), dict(mixup=0.8, task="segmentation")):
         images, same, labels = mixed(**off)
