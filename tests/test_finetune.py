@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal, log
+from conftest import equal, log, start
+from conftest import finished as finish
 from PIL import Image
 from torch import nn
 
@@ -353,6 +354,17 @@ def test_frozen_features_are_judged_by_layer(finished, task):
     assert report["top1"] == max(patches) == patches[report["layer"] - 1]
 
 
+def test_probes_of_two_processes_equal_those_of_one(pretrained, tmp_path):
+    """Their heads see the same batches, and standardise by the images of both processes."""
+    flags = ["--task", "probe", "--init", pretrained, "--steps", 4]
+    runs = [start(tmp_path / f"{n}", *flags, script="finetune", processes=n) for n in (1, 2)]
+    for run in runs:
+        finish(run)
+    one, two = (log(tmp_path / f"{n}") for n in (1, 2))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    assert result(tmp_path / "1") == result(tmp_path / "2")
+
+
 def test_neighbours_vote_by_the_features_of_each_layer(finished):
     out, flags, _ = finished("knn")
     config = configured(out, *flags)
@@ -363,7 +375,8 @@ def test_neighbours_vote_by_the_features_of_each_layer(finished):
     test, truth = finetune.extract(model, val_views, config, FP32, CPU)
     assert truth.tolist() == [val_views.source[i][1] for i in range(50)]
     states = model.hidden_states(data.to_float(val_views[0, 7][0])[None])
-    torch.testing.assert_close(test[7], finetune.pool(states)[0].half(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(test[7, 1, 0].float(), states[1][0, 1:].mean(0), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(test[7, 0, 1].float(), states[0][0, 0], atol=2e-3, rtol=2e-3)
     for kind, accuracy in enumerate(result(out)["top1_by_layer"].values()):
         assert accuracy == [finetune.knn_accuracy(known[:, layer, kind], labels, test[:, layer, kind], truth,
                                                   10, 5) for layer in range(2)]
