@@ -93,7 +93,7 @@ def figure_masks(images, masks, coverage):
         share = coverage[label]
         heat = row[-1].imshow(share, vmin=0, vmax=1)
         h, w = share.shape
-        row[-1].set_xlabel(f"corner {share[0, 0]:.2f}, edge {share[0, w // 2]:.2f},\n"
+        row[-1].set_xlabel(f"corner {share[0, 0]:.2f}\nedge {share[0, w // 2]:.2f}\n"
                            f"centre {share[h // 2, w // 2]:.2f}", fontsize=8)
     figure.colorbar(heat, ax=axes[:, -1], shrink=0.7)
     return figure
