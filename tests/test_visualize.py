@@ -61,7 +61,7 @@ def test_masks_figure():
     assert torch.equal(grey, torch.from_numpy(cells[0]).repeat_interleave(8, 0).repeat_interleave(8, 1))
     assert figure.axes[0].get_ylabel() == "blockwise\n2 of 24"
     np.testing.assert_array_equal(shown(figure.axes[2]), coverage["blockwise"])
-    assert figure.axes[2].get_xlabel() == "corner 0.00, edge 0.13,\ncentre 0.65"
+    assert figure.axes[2].get_xlabel() == "corner 0.00\nedge 0.13\ncentre 0.65"
 
 
 def test_tokens_figure_shows_the_most_used_codes_and_their_patches():
