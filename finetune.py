@@ -313,13 +313,14 @@ def evaluate_labels(model, views, config, precision, device):
     loss, top1, top5 = ((value / images).cpu() for value in (loss, top1, top5))
     if not probes:
         return {"loss": loss.item(), "top1": top1.item(), "top5": top5.item()}
-    best, layer = top1[:, 0].max(dim=0)
-    return {"top1": best.item(), "layer": layer.item() + 1, **by_layer(top1)}
+    return by_layer(top1)
 
 
 def by_layer(accuracy):
-    """accuracy (L, 2) as an entry of result.json."""
-    return {"top1_by_layer": {"patches": accuracy[:, 0].tolist(), "[S]": accuracy[:, 1].tolist()}}
+    """The report of accuracy (L, 2), on patches and on [S]: the best layer on patches, and all of them."""
+    patches, cls = accuracy.t().tolist()
+    return {"top1": max(patches), "layer": 1 + patches.index(max(patches)),
+            "top1_by_layer": {"patches": patches, "[S]": cls}}
 
 
 @torch.no_grad()
@@ -486,18 +487,13 @@ def draw(model, views, classes, report, config, precision, device):
         figure = visualize.figure_by_layer({title: lines}, "accuracy on held-out images")
         return figure.savefig(folder / "layers.png")
     images, targets = zip(*[views[0, index] for index in range(min(12, len(views)))])
-    images, probabilities = [data.to_float(image) for image in images], []
-    for image in images:
-        image = image[None].to(device)
-        if config.task == "segmentation":
-            logits = segment(model, image, config.window, precision)
-        else:
-            with precision.autocast():
-                logits = model(image).float()
-        probabilities.append(logits[0].softmax(dim=0).cpu())
-    if config.task == "segmentation":
-        predicted = [share.argmax(0) for share in probabilities]
+    images = [data.to_float(image) for image in images]
+    if config.task == "segmentation":                                  # each image may have its own size
+        predicted = [segment(model, image[None].to(device), config.window, precision)[0].argmax(0).cpu()
+                     for image in images]
         return visualize.figure_segments(images, targets, predicted, classes).savefig(folder / "segments.png")
+    with precision.autocast():
+        probabilities = model(torch.stack(images).to(device)).float().softmax(dim=1).cpu()
     visualize.figure_classes(images, targets, probabilities, classes).savefig(folder / "predictions.png")
 
 
@@ -526,8 +522,7 @@ def knn(config, device, views, val_views, num_classes, precision):
         accuracy[layer, kind] = knn_accuracy(
             features[:, layer, kind].to(device), labels.to(device), test_features[:, layer, kind].to(device),
             test_labels.to(device), num_classes, config.neighbours)
-    best, layer = accuracy[:, 0].max(dim=0)
-    report = {"top1": best.item(), "layer": layer.item() + 1, **by_layer(accuracy)}
+    report = by_layer(accuracy)
     training.say(f"{len(val_views)} held-out images: {in_words(report)}")
     if training.rank() == 0:
         training.write_json(run.folder / "result.json", report)

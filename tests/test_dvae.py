@@ -146,7 +146,8 @@ def test_full_size_and_initialisation():
 def test_the_base_preset_is_dall_es():
     config = training.parse(dvae.Config, dvae.PRESETS, ["--data", "folder", "--steps", "3000000"])
     expected = dict(vocab_size=8192, hidden=256, groups=4, blocks_per_group=2, batch_size=512, lr=1e-4,
-                    min_lr=1.25e-6, weight_decay=1e-4, ema=0.999, kl_weight=6.6, temperature=1 / 16)
+                    min_lr=1.25e-6, weight_decay=1e-4, ema=0.999, kl_weight=6.6, temperature=1 / 16,
+                    init_codes=False, encoder_lr=1.0)
     assert {name: getattr(config, name) for name in expected} == expected and dvae.PIXEL_EPS == 0.1
     ramps = [share * config.steps for share in (config.kl_ramp, config.temperature_ramp, config.lr_ramp)]
     assert ramps == pytest.approx([5_000, 150_000, 1_200_000], rel=0.01)

@@ -214,8 +214,18 @@ def test_the_picture_shows_what_the_model_predicts(kept):
         finetune.draw(model, views, classes, {}, config, FP32, CPU)
     images, labels, probabilities, _ = figure.call_args.args
     expected = model(torch.stack(images)).softmax(-1).detach()
-    torch.testing.assert_close(torch.stack(probabilities), expected)
+    torch.testing.assert_close(probabilities, expected)
     assert [*labels] == [views.source[i][1] for i in range(12)]
+
+
+def test_the_maps_that_are_drawn_are_the_models(kept):
+    model, views, classes, config = kept("segmentation")
+    with mock.patch.object(finetune.visualize, "figure_segments") as figure:
+        finetune.draw(model, views, classes, {}, config, FP32, CPU)
+    images, maps, predicted, _ = figure.call_args.args
+    expected = finetune.segment(model, torch.stack(images), config.window, FP32).argmax(1)
+    assert (torch.stack(predicted) == expected).float().mean() > 0.999    # one by one, not in a batch
+    assert torch.equal(torch.stack(maps), torch.stack([views[0, i][1] for i in range(12)]))
 
 
 # ---- By hand ----
