@@ -364,6 +364,12 @@ def test_frozen_features_are_judged_by_layer(finished, task):
     assert report["top1"] == max(patches) == patches[report["layer"] - 1]
 
 
+def test_the_report_names_the_best_layer_of_the_patches():
+    accuracy = torch.tensor([[0.25, 1.0], [0.75, 0.5], [0.5, 0.0]])    # (L, 2)
+    assert finetune.by_layer(accuracy) == {"top1": 0.75, "layer": 2, "top1_by_layer": {
+        "patches": [0.25, 0.75, 0.5], "[S]": [1.0, 0.5, 0.0]}}
+
+
 def test_probes_of_two_processes_equal_those_of_one(pretrained, tmp_path):
     """Their heads see the same batches, and standardise by the images of both processes."""
     flags = ["--task", "probe", "--init", pretrained, "--steps", 4]
