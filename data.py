@@ -7,6 +7,7 @@ import colorsys
 import functools
 import math
 import os
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from training import UserError, rank, world_size
+from training import UserError, local_world_size, raise_open_file_limit, rank, world_size
 
 # ---- shapes: scenes that are a function of their index ----
 
@@ -110,6 +111,10 @@ JPEG_MIN_SIDE = 1024      # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size i
 HOLD_OUT_EVERY = 50       # every 50th image of a folder without val/ is held out
 IGNORE = 255              # in a class map: a pixel that is not counted
 MAX_BAD_IN_A_ROW = 16     # so many unreadable files end a run
+ORIENTATION = 0x0112      # EXIF's tag, and what makes an image of each value upright
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 warnings.filterwarnings("ignore", module=r"PIL\.")    # two lines for each file with odd metadata
 
 
@@ -118,30 +123,48 @@ class BadFile(Exception):
 
 
 def open_file(path, decode):
-    """decode(PIL image) of an image file. Raises BadFile."""
+    """decode(PIL image) of an image file. Raises BadFile, with the reason, if it cannot be decoded."""
     try:
-        with Image.open(str(path)) as file:
-            return decode(file)
-    except Exception as error:    # image decoders raise anything for broken files
-        raise BadFile(f"{path} cannot be read ({error or type(error).__name__})") from error
+        with Image.open(str(path)) as image:
+            return decode(image)
+    except (AttributeError, NameError):                                # an error in the program
+        raise
+    except Exception as error:                                         # decoders raise a dozen kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadFile(f"{path} cannot be read ({reason})") from error
+
+
+def upright(image):
+    """A PIL image, loaded and turned as its orientation tag says; one that cannot be parsed is none."""
+    image.load()                                                       # which by itself turns a TIFF
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:                                                  # parsers, too, raise a dozen kinds
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def upright_rgb(image, reduce=True):
-    """A PIL image as RGB: turned as EXIF says, 16-bit grey scaled, transparency laid over white.
+    """A PIL image as upright RGB: grey of other depths scaled to 8 bits, transparency laid over white.
 
     reduce: large JPEGs are decoded at a part of their size.
     """
     if reduce and image.format == "JPEG":
         image.draft(None, (JPEG_MIN_SIDE, JPEG_MIN_SIDE))
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float32)
-        grey = grey * 255 if image.mode == "F" and grey.max() <= 1 else grey / 257
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
+        image = Image.fromarray(grey_to_8_bits(np.asarray(image, dtype=np.float32)))
+    if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def grey_to_8_bits(grey):
+    """Grey values from 0 to 1, to 255 or to 65535, whichever holds the largest: float (H, W) -> uint8."""
+    grey = np.nan_to_num(grey, posinf=0, neginf=0)
+    white = next((white for white in (1, 255, 65535) if grey.max() <= white), grey.max())
+    return (grey * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
 def open_image(path):
@@ -157,14 +180,14 @@ def warn_once(text):
 
 def read(source, index):
     """source[index], or the next sample that can be read. OSError after MAX_BAD_IN_A_ROW that cannot."""
-    first = None
-    for i in range(index, index + MAX_BAD_IN_A_ROW):
+    first, tries = None, min(MAX_BAD_IN_A_ROW, len(source))
+    for i in range(index, index + tries):
         try:
             return source[i % len(source)]
         except BadFile as error:
             first = first or error
             warn_once(str(error))
-    raise OSError(f"--data: {first}, nor can the {MAX_BAD_IN_A_ROW - 1} files after it")
+    raise OSError(f"--data: {first}, nor can the {tries - 1} files after it")
 
 
 class Shapes(Dataset):
@@ -199,6 +222,35 @@ class Images(Dataset):
         return open_image(self.paths[index]), 0
 
 
+class ClassFolders(Images):
+    """A folder for each class, with image files: (image, class). UserError for a class that is not one of
+    classes, or without images."""
+
+    def __init__(self, folder, classes=None):
+        paths, start = image_paths(folder), len(os.path.join(folder, ""))
+        super().__init__([path for path in paths if os.sep in path[start:]])
+        names = [path[start:].split(os.sep)[0] for path in self.paths.tolist()]
+        class_of = {name: printable(name) for name in sorted(set(names))}
+        folders = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()}
+        empty = sorted(filter(is_data, folders - set(class_of)))
+        if empty:
+            raise UserError(f"--data: no images under {folder}/{empty[0]} ({' '.join(SUFFIXES)})")
+        self.classes = classes or list(class_of.values())
+        unknown = sorted(set(class_of.values()) - set(self.classes))
+        if unknown:
+            raise UserError(f"--data: {folder} has class {unknown[0]}, the training images have not")
+        number = {name: self.classes.index(class_of[name]) for name in class_of}
+        self.targets = [number[name] for name in names]
+
+    def __getitem__(self, index):
+        return open_image(self.paths[index]), self.targets[index]
+
+
+def printable(name):
+    """The name of a file or folder, whose bytes may not be UTF-8, as text that can be written and drawn."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 class Segmentation(Images):
     """ADE20K's images/<split>/a.jpg and annotations/<split>/a.png: (image, class map uint8 (H, W)).
 
@@ -220,12 +272,13 @@ class Segmentation(Images):
     def __getitem__(self, index):
         image = open_file(self.paths[index], functools.partial(upright_rgb, reduce=False))
         path = self.maps[index]
-        mode, numbers = open_file(path, lambda file: (file.mode, np.array(file)))
+        mode, numbers = open_file(path, lambda file: (file.mode, np.array(upright(file))))
         if mode not in ("L", "P"):
             raise BadFile(f"{path} is not a map of 8-bit class numbers, but mode {mode}")
         if numbers.shape != (image.height, image.width):
             h, w = numbers.shape
-            raise BadFile(f"{path} is {w}x{h}, its image {image.width}x{image.height}")
+            turned = " turned upright" if (h, w) == image.size else ""
+            raise BadFile(f"{path} is {w}x{h}, its image{turned} {image.width}x{image.height}")
         largest = numbers[numbers != IGNORE].max(initial=0)
         if largest > len(self.classes):
             raise BadFile(f"{path} holds class {largest}, there are {len(self.classes)}")
@@ -239,18 +292,43 @@ def segmentation_classes(root):
         return [str(number) for number in range(1, 151)]
     lines = table.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-    if not 1 <= len(classes) < IGNORE:
-        raise UserError(f"--data: {table} names {len(classes)} classes; a map can hold 1 to {IGNORE - 1}")
+    if not 2 <= len(classes) < IGNORE:
+        raise UserError(f"--data: {table} names {len(classes)} classes; a map can hold 2 to {IGNORE - 1}")
     return classes
 
 
-def image_paths(folder):
-    """The image files below a folder, links followed, sorted. UserError if there are none."""
-    paths = sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
-                   for name in names if name.lower().endswith(SUFFIXES))
-    if not paths:
+def image_paths(folder, without=None):
+    """The image files below a folder, sorted, each once. Links are followed, but not to a folder above.
+
+    Hidden files and folders, __MACOSX and the folder `without` are left out. UserError if no image is left.
+    """
+    top, found, linked = os.path.realpath(folder), {}, []              # found: real path -> path
+    seen, to_walk = {without and os.path.realpath(without)}, [str(folder)]
+    while to_walk:    # links come last, so that an image is found in its own place if it has one
+        for where, folders, names in os.walk(to_walk.pop(0)):
+            real = os.path.realpath(where)
+            if real in seen or real != top and os.path.commonpath([real, top]) == real:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(filter(is_data, folders))
+            to_walk += filter(os.path.islink, [os.path.join(where, name) for name in folders])
+            for name in sorted(filter(is_data, names)):
+                path = os.path.join(where, name)
+                if name.lower().endswith(SUFFIXES) and os.path.islink(path):
+                    linked.append(path)
+                elif name.lower().endswith(SUFFIXES):
+                    found[os.path.join(real, name)] = path
+    for path in linked:
+        found.setdefault(os.path.realpath(path), path)
+    if not found:
         raise UserError(f"--data: no images under {folder} ({' '.join(SUFFIXES)})")
-    return paths
+    return sorted(found.values())
+
+
+def is_data(name):
+    """Whether a file or folder of this name may belong to a data set: not ._a.png or .ipynb_checkpoints."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def open_named(data, root, maps=False):
@@ -284,10 +362,12 @@ def open_splits(data, root):
     if named:
         return named
     folder, held_out = Path(data), held_out_folder(Path(data))
-    paths = image_paths(folder / "train" if (folder / "train").is_dir() else folder)
-    if held_out:    # without train/, its images are below the folder, too
-        kept = [path for path in paths if not path.startswith(f"{held_out}{os.sep}")]
-        return Images(kept), Images(image_paths(held_out))
+    if (folder / "train").is_dir():
+        paths = image_paths(folder / "train")
+    else:
+        paths = image_paths(folder, without=held_out)
+    if held_out:
+        return Images(paths), Images(image_paths(held_out))
     kept = [path for i, path in enumerate(paths) if i % HOLD_OUT_EVERY]
     return Images(kept or paths), Images(paths[::HOLD_OUT_EVERY])
 
@@ -306,19 +386,10 @@ def open_labelled(data, root, maps=False):
         return Segmentation(folder, "training", classes), Segmentation(folder, "validation", classes)
     if held_out is None or not (folder / "train").is_dir():
         raise UserError(f"--data: {data} needs train/ and val/ (or validation/), a folder for each class")
-    try:
-        train = datasets.DatasetFolder(folder / "train", open_image, SUFFIXES)
-        val = datasets.DatasetFolder(held_out, open_image, SUFFIXES)
-    except FileNotFoundError as error:
-        raise UserError(f"--data: {error}") from None
+    train = ClassFolders(folder / "train")
     if len(train.classes) < 2:
         raise UserError(f"--data: {folder / 'train'} must hold folders of images of at least two classes")
-    unknown = sorted(set(val.classes) - set(train.classes))
-    if unknown:
-        raise UserError(f"--data: {held_out} has class {unknown[0]}, {folder / 'train'} has not")
-    numbers = [train.class_to_idx[name] for name in val.classes]    # val/ may lack classes
-    val.target_transform, val.classes = numbers.__getitem__, train.classes
-    return train, val
+    return train, ClassFolders(held_out, train.classes)                # it may lack classes
 
 
 # ---- Two views, or a labelled image ----
@@ -478,7 +549,25 @@ def train_loader(dataset, config, device, start, stop, collate=default_collate):
     """Batches of this process for steps start to stop - 1."""
     batches = rank_batches(len(dataset), config.batch_size, seed=config.seed, start=start, stop=stop,
                            parts=config.accumulate, rank=rank(), world_size=world_size())
-    return make_loader(dataset, batches, config, device, collate)
+    loader = make_loader(dataset, batches, config, device, collate)
+    if loader.num_workers:
+        sample, samples = collate([dataset[0, 0]]), config.batch_size // config.accumulate // world_size()
+        check_limits(loader, samples * sum(tensor.nbytes for tensor in sample), len(sample))
+    return loader
+
+
+def check_limits(loader, size, tensors):
+    """UserError if prefetched batches of so many bytes and tensors take more than this machine gives."""
+    batches, shared = loader.num_workers * loader.prefetch_factor, Path("/dev/shm")
+    kept = f"--workers: {loader.num_workers} loader processes keep {batches} batches"
+    free = shutil.disk_usage(shared).free // local_world_size() if shared.is_dir() else math.inf
+    if batches * size > free:
+        raise UserError(f"{kept} of {size / 1e6:,.1f} MB in {shared}, of which {free / 1e6:,.1f} MB are free "
+                        "for this process; take fewer, or 0")
+    most = raise_open_file_limit()
+    if batches * tensors + 100 > most:
+        raise UserError(f"{kept} of {tensors} tensors, each an open file; `ulimit -n` allows {most}; take "
+                        "fewer, or 0")
 
 
 def val_loader(dataset, config, device, collate=default_collate, images=None, batch_size=None):

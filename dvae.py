@@ -343,7 +343,7 @@ def train(config, device):
     run.finish(average, model.config, **report)
     if training.rank() == 0:
         images = data.to_float(data.some_samples(val_views, 12)[0].to(device))
-        draw(average, images, config.temperature, run.folder / "tokenizer.png")
+        training.draw_or_warn(draw, average, images, config.temperature, run.folder / "tokenizer.png")
     return run.folder / "model.pt"
 
 

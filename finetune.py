@@ -178,6 +178,10 @@ def open_views(config):
         source, held_out = split_off(source, config.validate)
     if config.labels:
         source = few_labels(source, config.labels, classes, config.seed)
+    elif maps or config.validate:
+        check_targets(source, 2, "training")
+    if maps:
+        check_targets(held_out, 1, "held-out")
 
     def views_of(source, train):
         if maps:
@@ -189,6 +193,17 @@ def open_views(config):
                 randaugment=config.randaugment, eval_crop=config.eval_crop)
         return data.Labelled(source, transform, config.seed)
     return views_of(source, train=config.task != "knn"), views_of(held_out, train=False), classes
+
+
+def check_targets(source, fewest, which):
+    """UserError unless so many classes occur in the labels or maps; looks at no more than it must."""
+    seen, index = set(), 0
+    while len(seen) < fewest:
+        if index == len(source):
+            raise UserError(f"--data: {len(seen)} of the classes occur in the {which} targets; to learn or "
+                            f"measure something, at least {fewest} must")
+        seen |= set(np.unique(data.read(source, index)[1]).tolist()) - {data.IGNORE}
+        index += 1
 
 
 class LinearProbe(vit.VisionTransformer):
@@ -242,11 +257,17 @@ def build_model(config, classes):
     if config.init != "none":
         new = weights.initialise(model, config.init, classes)
         if config.eval and any(name.startswith(weights.HEADS) for name in new):
-            raise UserError(f"--eval: {config.init} has no head for --task {config.task} with these "
-                            f"{len(classes)} classes; a model.pt of finetune.py for the same --task and "
-                            "--data has one")
+            theirs = weights.load(config.init)[1]["classes"] or ["none that it names"]
+            raise UserError(f"--eval: {config.init} has no head for --task {config.task} and the classes "
+                            f"{shortened(classes)}, but for {shortened(theirs)}; a model.pt of finetune.py "
+                            "for the same --task and --data has one")
     model.checkpoint_blocks = config.checkpoint_blocks
     return model
+
+
+def shortened(names):
+    """At most eight of the names, and how many there are."""
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} ... ({len(names)})"
 
 
 def mixing(config, model):
@@ -416,11 +437,10 @@ def train(config, device):
     model, report = fit(model, run, views, evaluate, precision, device)
     training.say(f"{len(val_views)} held-out images: {in_words(report)}")
     if "iou" in report:
-        report["iou"] = {name: value if math.isfinite(value) else None
-                         for name, value in zip(classes, report["iou"])}
+        report["iou"] = dict(zip(classes, report["iou"]))
     run.finish(model, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
     if training.rank() == 0:
-        draw(model, val_views, classes, report, config, precision, device)
+        training.draw_or_warn(draw, model, val_views, classes, report, config, precision, device)
 
 
 def fit(model, run, views, evaluate, precision, device):
@@ -526,7 +546,7 @@ def knn(config, device, views, val_views, num_classes, precision):
     training.say(f"{len(val_views)} held-out images: {in_words(report)}")
     if training.rank() == 0:
         training.write_json(run.folder / "result.json", report)
-        draw(model, val_views, (), report, config, precision, device)
+        training.draw_or_warn(draw, model, val_views, (), report, config, precision, device)
 
 
 def extract(model, views, config, precision, device):

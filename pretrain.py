@@ -142,6 +142,14 @@ def tokenizer_config(config, images, steps):
     return dataclasses.replace(tokenizer, steps=config.tokenizer_steps or most)
 
 
+def check_tokens(tokenizer, images):
+    """UserError if all patches of these images (uint8) have the same token: nothing could be learned."""
+    tokens = tokenizer.tokenize(data.to_float(images.to(next(tokenizer.parameters()).device)))
+    if tokens.unique().numel() == 1:
+        raise training.UserError(f"--tokenizer: all patches of {len(images)} held-out images have the same "
+                                 "token; one that tells them apart is needed, or --target pixels")
+
+
 @torch.no_grad()
 def evaluate(model, batches, tokenizer, precision, device):
     """Measures val_loss, val_accuracy and baselines that ignore the image, on all processes' held-out images.
@@ -209,6 +217,8 @@ def train(config, device):
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     views, val_views = open_views(config, source, held_out, tokenizer)
     gather = partial(collate, predict=config.predict)
+    if tokenizer:
+        check_tokens(tokenizer, data.some_samples(val_views, 12, gather)[1])
     batches = iter(data.train_loader(views, config, device, run.start, total, gather))
     held_out_batches = partial(data.val_loader, val_views, config, device, gather, images=512)
     training.say(f"{config.num_masked} of {math.prod(config.grid)} patches masked; {total} steps of "
@@ -245,7 +255,7 @@ def train(config, device):
     run.finish(model, sizes, **report)
     if training.rank() == 0:
         batch = to_device(data.some_samples(val_views, 12, gather), device)
-        draw(model, tokenizer, batch, run.folder / "predictions.png")
+        training.draw_or_warn(draw, model, tokenizer, batch, run.folder / "predictions.png")
 
 
 def draw(model, tokenizer, batch, path):

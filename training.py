@@ -1,7 +1,6 @@
 """What the training loops share: flags, processes, schedules, parameter groups, the folder of a run."""
 import argparse
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -22,6 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:
+    sys.exit("this system has no fcntl, which locks the folder of a run; Linux, macOS and WSL have it")
 
 
 class UserError(ValueError):
@@ -158,6 +163,30 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size():
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_environment():
+    """UserError unless all of torchrun's variables are numbers, or none of them is set."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    values = [os.environ.get(name) for name in names]
+    if any(value is not None for value in values) and not all((value or "").isdecimal() for value in values):
+        given = (f"no {name}" if value is None else f"{name}={value}" for name, value in zip(names, values))
+        raise UserError(f"the environment has {', '.join(given)}; torchrun sets all three to numbers: start "
+                        "with it, or unset them")
+
+
+def raise_open_file_limit():
+    """How many files this process may have open, after raising that limit as far as a user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 ** 16 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
 def say(text):
     """print on the first process, above its progress bar."""
     if rank() == 0:
@@ -178,11 +207,14 @@ def run_script(Config, presets, train, complete=None):
 @contextmanager
 def one_line_errors():
     """One line on stderr and exit status 2 for a UserError, 1 for an OSError or FloatingPointError."""
+    with suppress(AttributeError):    # names of files may not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        check_environment()
         yield
     except (UserError, OSError, FloatingPointError) as error:
         wrong_use = isinstance(error, UserError)                       # then all ranks say the same
-        if not wrong_use or os.environ.get("LOCAL_RANK", "0") == "0":
+        if not wrong_use or "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             text = str(error).strip() or type(error).__name__
             line = text.splitlines()[-1].removeprefix("OSError: ")     # a loader's error is a whole traceback
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -194,7 +226,7 @@ def one_line_errors():
 def join_processes(config):
     """Choose and set up this process's device, and join torchrun's other processes. Returns the device."""
     torch.set_flush_denormal(True)    # arithmetic on denormal numbers takes up to 30 times as long
-    gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # one per process
+    gpus, needed = torch.cuda.device_count(), local_world_size()       # one per process
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         device, backend = torch.device("cpu"), dict(backend="gloo")
     elif gpus < needed:
@@ -206,7 +238,10 @@ def join_processes(config):
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision != "fp32"
     if world_size() > 1:
-        dist.init_process_group(**backend)
+        try:
+            dist.init_process_group(**backend)
+        except ValueError as error:                                    # MASTER_ADDR is not set, and the like
+            raise UserError(f"{error}; start with torchrun") from None
     return device
 
 
@@ -349,8 +384,19 @@ def write_atomically(path, write, keep=None):
 
 
 def write_json(path, value):
-    """write_atomically, as JSON."""
+    """write_atomically, as JSON, with null for numbers that are not finite."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def draw_or_warn(draw, *inputs):
+    """draw(*inputs), the picture of a finished run: an error is only a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                            # such as a letter that the font lacks
+            draw(*inputs)
+    except Exception as error:                                         # whatever libraries raise
+        say(f"warning: the picture could not be drawn ({type(error).__name__}: {error})")
 
 
 def damage(path):

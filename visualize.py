@@ -55,6 +55,12 @@ def show(axis, image, title=None):
         axis.set_title(title, fontsize=9)
 
 
+def legend_label(name):
+    """The name of a folder or class for a legend, which would leave out what begins with an underscore."""
+    name = data.printable(name)
+    return f" {name}" if name.startswith("_") else name
+
+
 def outline(axis, cells, image_hw, **how):
     """Outline the patches where cells (h, w) is True, over an image of H x W pixels."""
     (H, W), (h, w) = image_hw, cells.shape
@@ -277,7 +283,7 @@ def figure_by_layer(panels, ylabel):
             if values.dim() == 2:
                 axis.plot(layers, values, marker, color=f"C{i}", markersize=4, alpha=0.5)
                 values = values.mean(1)
-            axis.plot(layers, values, f"{marker}-", color=f"C{i}", markersize=5, label=label)
+            axis.plot(layers, values, f"{marker}-", color=f"C{i}", markersize=5, label=legend_label(label))
         axis.set(title=title, xlabel="layer", xticks=layers)
     axes[0].set_ylabel(ylabel)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -362,7 +368,8 @@ def figure_curves(runs):
             axis.legend(frameon=False, fontsize=8)
         if not axis.lines:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
-    handles = [axis.plot([], [], color=f"C{number}", label=label)[0] for number, label in enumerate(runs)]
+    handles = [axis.plot([], [], color=f"C{number}", label=legend_label(label))[0]
+               for number, label in enumerate(runs)]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
     figure.suptitle("lines: training; points: held-out images; dashed: baselines", fontsize=10)
     return figure
@@ -401,7 +408,7 @@ def figure_segments(images, maps, predicted, classes):
         for axis, some in zip(three[1:], both):
             axis.imshow(palette[some.long().numpy()], interpolation="nearest")
     occurring = sorted({int(k) for some in (*maps, *predicted) for k in some.unique()} - {data.IGNORE})
-    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=classes[k]) for k in occurring]
+    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=legend_label(classes[k])) for k in occurring]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     return figure
 
@@ -485,9 +492,9 @@ def open_pictures(args, count):
         if args.images:
             return [data.open_image(path) for path in args.images]
         _, held_out = data.open_splits(args.data, args.data_root)
-        return [held_out[i % len(held_out)][0] for i in range(args.first, args.first + count)]
+        return [data.read(held_out, index)[0] for index in range(args.first, args.first + count)]
     except data.BadFile as error:
-        raise UserError(f"{'--images' if args.images else '--data'}: {error}") from None
+        raise UserError(f"--images: {error}") from None
 
 
 def squares(pictures, side):

@@ -306,6 +306,11 @@ def infer_config(state, **told):
     return vit.ViTConfig(**{**inferred, **told})
 
 
+def is_for_patches(state, info):
+    """False for a classifier whose head is for [S], not for the mean of the patches as ours."""
+    return info["task"] != "classification" or "fc_norm.weight" in state
+
+
 def build(path):
     """(model, info as of `load`): the MaskedImageModel, ImageClassifier, SemanticSegmenter or
     VisionTransformer in a file, in evaluation mode. ValueError as `load`, and for tensors that do not fit.
@@ -315,6 +320,7 @@ def build(path):
     state, info = load(path)
     config, outputs = info["config"], info["outputs"]
     with naming(path, "does not fit its own sizes"):
+        check(is_for_patches(state, info), "has a head for [S]; our models average the patches")
         if info["task"] == "masked image modeling":
             model = vit.MaskedImageModel(config, outputs)
         elif info["task"] == "classification":
@@ -378,15 +384,17 @@ def adapt(state, info, model, classes):
         converted.append("positions, from {}x{} to {}x{}".format(*source.grid, *target.grid))
     check(source.layer_norm_eps == target.layer_norm_eps,
           f"has LayerNorms with eps {source.layer_norm_eps}, the model {target.layer_norm_eps}")
+    pooling_fits = is_for_patches(state, info)
     for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{old}.weight" in state.keys() - ours.keys() and f"{new}.weight" in ours.keys() - state.keys():
             state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
             converted.append(f"{old}, into {new}")
-    head = [name for name in state if name.startswith(HEADS)]
-    theirs = info["classes"] or classes
-    takes_head = all(name in ours and ours[name].shape == state[name].shape for name in head)
-    takes_head = takes_head and (classes is None or sorted(theirs) == sorted(classes))
-    if head and takes_head and classes and list(theirs) != list(classes):
+    head, theirs = [name for name in state if name.startswith(HEADS)], info["classes"] or classes
+    same = classes is None or list(theirs) == list(classes)
+    reordered = not same and sorted(theirs) == sorted(set(classes))
+    takes_head = (same or reordered) and pooling_fits and all(
+        name in ours and ours[name].shape == state[name].shape for name in head)
+    if head and takes_head and reordered:
         order = [theirs.index(name) for name in classes]
         state |= {name: state[name][order] for name in ("head.weight", "head.bias")}
         converted.append("the head, into the order of these classes")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import finished, start
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 import data
@@ -203,19 +203,73 @@ def test_files_of_every_mode(tmp_path):
     image, white = picture(), Image.new("RGB", (40, 30), "white")
     grey, black, clear = image.convert("L"), image.convert("1"), image.convert("RGBA")
     clear.putalpha(0)
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    floats = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)
     image.save(tmp_path / "misnamed.jpg", "PNG")
     for name, saved, shown, tolerance in (
             ("cmyk.jpg", image.convert("CMYK"), image, 12), ("palette.gif", image.convert("P"), image, 30),
             ("misnamed.jpg", None, image, 0.1), ("clear.png", clear, white, 0.1),
-            ("grey.png", grey, grey, 0.1), ("black-and-white.png", black, black, 0.1),
-            ("deep.png", deep, grey, 1), ("floats.tiff", floats, grey, 1)):
+            ("clear.gif", clear, white, 0.1), ("clear-grey.png", clear.convert("LA"), white, 0.1),
+            ("grey.png", grey, grey, 0.1), ("black-and-white.png", black, black, 0.1)):
         if saved:
             saved.save(tmp_path / name)
         loaded = open_image(tmp_path / name)
         assert loaded.mode == "RGB", name
         assert (tensor_of(loaded) - tensor_of(shown.convert("RGB"))).abs().float().mean() < tolerance, name
+
+
+@pytest.mark.parametrize("suffix, dtype, white", [
+    (".tiff", np.float32, 1), (".tiff", np.float32, 255), (".tiff", np.float32, 65535),
+    (".tiff", np.int32, 255), (".tiff", np.int32, 65535), (".tiff", np.int32, 10 ** 7),
+    (".tiff", np.uint16, 255), (".png", np.uint16, 65535)])
+def test_grey_is_scaled_by_its_range(tmp_path, suffix, dtype, white):
+    grey = np.asarray(picture().convert("L")).copy()
+    grey[0, :2] = 0, 255
+    Image.fromarray((grey * (white / 255)).astype(dtype)).save(tmp_path / f"a{suffix}")
+    loaded = np.asarray(open_image(tmp_path / f"a{suffix}"))
+    assert abs(loaded.astype(int) - grey[..., None]).max() <= 1
+
+
+def test_grey_without_light_or_with_holes(tmp_path):
+    floats = np.zeros((2, 3), np.float32)
+    Image.fromarray(floats).save(tmp_path / "dark.tiff")
+    floats[0] = np.nan, np.inf, 1
+    Image.fromarray(floats).save(tmp_path / "holes.tiff")
+    assert not np.asarray(open_image(tmp_path / "dark.tiff")).any()
+    assert np.asarray(open_image(tmp_path / "holes.tiff"))[..., 0].tolist() == [[0, 0, 255], [0, 0, 0]]
+
+
+# Where the first row and column of the stored pixels lie in the picture, by the EXIF standard's numbers
+STORED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+          5: lambda a: a.swapaxes(0, 1), 6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+          8: lambda a: np.rot90(a, -1), "garbage": lambda a: a, "9": lambda a: a}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff"])
+@pytest.mark.parametrize("turn", STORED)
+def test_pictures_are_upright_whatever_their_format_and_tag(tmp_path, monkeypatch, suffix, turn):
+    """And each file is opened and decoded once."""
+    upright = np.asarray(picture())
+    stored, exif = Image.fromarray(np.ascontiguousarray(STORED[turn](upright))), Image.Exif()
+    exif[TURN] = int(turn) if turn != "garbage" else 1
+    garbage = b"Exif\0\0garbage" if suffix in (".png", ".webp") else exif
+    options = {".jpg": dict(quality=100, subsampling=0), ".webp": dict(lossless=True)}.get(suffix, {})
+    stored.save(tmp_path / f"a{suffix}", exif=garbage if turn == "garbage" else exif, **options)
+    calls = []
+    for where, name in ((Image, "open"), (ImageFile.ImageFile, "load_prepare")):
+        function = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, of=function: calls.append(of) or of(*args))
+    loaded = np.asarray(open_image(tmp_path / f"a{suffix}")).astype(int)
+    assert loaded.shape == upright.shape and abs(loaded - upright).mean() < 2
+    assert len(set(calls)) == len(calls)
+
+
+def test_the_reason_is_given_and_errors_in_the_program_pass(tmp_path, monkeypatch):
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "large.png")
+    with pytest.raises(data.BadFile, match=r"large.png cannot be read \(.*exceeds limit of 178956970 pixels"):
+        open_image(tmp_path / "large.png")
+    monkeypatch.delattr(Image, "alpha_composite")    # as in a library that is too old
+    Image.new("RGBA", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(AttributeError, match="alpha_composite"):
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("turn, how", [(1, None), (3, "ROTATE_180"), (6, "ROTATE_270"), (8, "ROTATE_90")])
@@ -293,6 +347,62 @@ def test_which_files_are_held_out(tmp_path):
     assert [len(paths) for paths in splits("split/validation")] == [1, 1]    # a single image is both
 
 
+def linked(link, to):
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(to)
+
+
+JUNK = ("._0000.jpg", ".ipynb_checkpoints/0000-checkpoint.jpg", "__MACOSX/._0000.jpg", "__MACOSX/0000.jpg",
+        "notes.txt", ".hidden/0000.jpg")
+LINKS = {"to the folder itself": ("again", "."), "to the folder above": ("up", ".."), "to a file": (
+    "b/copy.jpg", "0000.jpg"), "to a class": ("0", "a"), "from class to class": ("a/b", "../b"),
+    "in a circle": ("a/deep/round", "..")}
+
+
+@pytest.mark.parametrize("how", ["junk", *LINKS])
+def test_each_image_is_found_once_and_junk_never(tmp_path, how):
+    for split in ("train", "val"):
+        for name in "ab":
+            fill(tmp_path / split / name, 2)
+        if how != "junk":
+            linked(tmp_path / split / LINKS[how][0], LINKS[how][1])
+        for name in JUNK if how == "junk" else ():
+            for folder in ("", "a"):
+                path = tmp_path / split / folder / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(b"no picture")
+    found = [os.path.realpath(path) for path in data.image_paths(tmp_path / "train")]
+    assert len(found) == len(set(found)) == 4
+    assert [len(source) for source in data.open_splits(str(tmp_path), "")] == [4, 4]
+    train, val = open_labelled(str(tmp_path), "")
+    assert train.classes == val.classes == ["a", "b"]
+    assert np.bincount(train.targets).tolist() == np.bincount(val.targets).tolist() == [2, 2]
+
+
+def test_held_out_images_stay_out_of_training_through_links(tmp_path):
+    fill(tmp_path / "val", 2)
+    fill(tmp_path / "more", 3)
+    linked(tmp_path / "a-link", "val")
+    linked(tmp_path / "elsewhere", tmp_path / "val" / "0000.jpg")
+    train, val = data.open_splits(str(tmp_path), "")
+    assert len(val) == 2 and len(train) == 3
+
+
+def test_loaders_that_need_more_than_the_machine_gives(monkeypatch):
+    loader = SimpleNamespace(num_workers=8, prefetch_factor=4)
+    free = SimpleNamespace(free=64 * 10 ** 6)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(data, "raise_open_file_limit", lambda: 228)
+    data.check_limits(loader, 2 * 10 ** 6, 4)
+    with pytest.raises(UserError, match="^--workers: 8 loader .* 32 batches of 24.1 MB .* 64.0 MB"):
+        data.check_limits(loader, 24_100_000, 4)
+    with pytest.raises(UserError, match="^--workers: .* of 5 tensors, .*`ulimit -n` allows 228"):
+        data.check_limits(loader, 2 * 10 ** 6, 5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="of which 32.0 MB are free"):
+        data.check_limits(loader, 2 * 10 ** 6, 4)
+
+
 def test_labelled_folders(tmp_path):
     """Red is the class, green the number of the image; the held-out images are of classes a and c alone."""
     for split, classes in (("train", "abc"), ("validation", "ac")):
@@ -327,7 +437,7 @@ def test_folders_that_are_refused(tmp_path):
     for name in ("train/a", "train/b", "train/c", "val/a"):
         fill(tmp_path / name, 1)
     (tmp_path / "train" / "c" / "0000.jpg").rename(tmp_path / "train" / "c" / "notes.txt")
-    refused(".*no valid file for the classes c")
+    refused("no images under .*/train/c ")
     (tmp_path / "val").rename(tmp_path / "held-out")
     refused(r".* needs train/ and val/ \(or validation/\)")
     (tmp_path / "held-out").rename(tmp_path / "val")
@@ -338,7 +448,7 @@ def test_folders_that_are_refused(tmp_path):
     (maps / "training" / "0003.png").rename(tmp_path / "0003.png")
     refused(f"1 images have no map, {maps / 'training' / '0003.png'} first", maps=True)
     (tmp_path / "0003.png").rename(maps / "training" / "0003.png")
-    for count in (0, 255):
+    for count in (0, 1, 255):
         table.write_text("Idx\tName\n" + "1\tx\n" * count)
         refused(f"{table} names {count} classes", maps=True)
     table.unlink()

@@ -205,6 +205,21 @@ def test_a_signal_ends_the_run_after_the_step(number, processes, flags, tmp_path
     record_fault(f"{number.name} to {'the group of a process' if processes == 1 else 'torchrun'}", 1)
 
 
+@pytest.mark.parametrize("number, status", [(SIGINT, 128 + SIGINT), (SIGTERM, -SIGTERM)])
+@pytest.mark.parametrize("script, slow", [
+    ("pretrain", "data.open_splits"), ("pretrain", "weights.load_tokenizer"), ("finetune", "weights.load")])
+def test_a_signal_before_the_first_step_ends_at_once(number, status, script, slow, tmp_path, record_fault):
+    """While images are listed, or weights are read."""
+    hurt = f"import data, time, weights\n{slow} = lambda *args: print('slow', flush=True) or time.sleep(60)"
+    flags = ["--tokenizer", "x"] if script == "pretrain" else ["--init", "x"]
+    process = start(tmp_path, *flags, script=script, hurt=hurt)
+    wait_until(process, lambda: "slow" in said(process)[0])
+    os.kill(process.pid, number)
+    _, err = finished(process, status, seconds=10)
+    assert "Traceback" not in err
+    record_fault(f"{number.name} before the first step of {script}.py", 1)
+
+
 def test_a_signal_to_one_rank_stops_all(flags, tmp_path, record_fault):
     """It comes between the all-reduce of step 5 and the end of that step: all stop after step 6."""
     hurt = at(5, "log", "os.kill(os.getpid(), signal.SIGTERM)", rank=1)

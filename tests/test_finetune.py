@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import math
+import os
 from unittest import mock
 
 import numpy as np
@@ -425,7 +426,7 @@ def test_processes_share_the_neighbours(monkeypatch):
 # ---- Flags that the data or the checkpoint decide on; more in test_commands.py ----
 
 @pytest.mark.parametrize("flags, message", [
-    ("--eval", "--eval: .* has no head for --task classification with these 10 classes"),
+    ("--eval", "--eval: .* has no head for --task classification and the classes disc, square, .*10"),
     ("--dim 32", "cls_token"),
     ("--layer-scale 0", "gamma_1"),
     ("--task segmentation --preset base-384", "with --task segmentation, not base-384"),
@@ -470,6 +471,60 @@ def test_only_training_images_are_augmented(pretrained, tmp_path, flags, count, 
     assert (len(views), len(val_views)) == (count, held_out)
     assert torch.equal(views[0, 1][0], views[1, 1][0]) != augmented
     assert torch.equal(val_views[0, 1][0], val_views[1, 1][0])
+
+
+def ade20k(folder, training, validation):
+    """A folder like ADE20K's; the class numbers of its maps, of which each has one."""
+    for split, numbers in (("training", training), ("validation", validation)):
+        for part in ("images", "annotations"):
+            (folder / part / split).mkdir(parents=True)
+        for i, number in enumerate(numbers):
+            Image.new("RGB", (40, 40)).save(folder / "images" / split / f"{i}.jpg")
+            Image.new("L", (40, 40), number).save(folder / "annotations" / split / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("training, validation, wrong", [
+    ([0, 0, 0], [1], "0 of the classes occur in the training"), ([5, 0, 5], [1], "1 of the .* training"),
+    ([255, 255], [1], "0 of the .* training"), ([1, 2], [0, 255], "0 of the .* in the held-out"),
+    ([0, 1, 2], [0, 2], None)])
+def test_maps_with_nothing_to_learn_are_refused(pretrained, tmp_path, training, validation, wrong):
+    folder = ade20k(tmp_path / "ade", training, validation)
+    config = configured(tmp_path, "--init", pretrained, "--data", folder, "--task", "segmentation")
+    with pytest.raises(UserError, match=f"^--data: {wrong}") if wrong else contextlib.nullcontext():
+        finetune.open_views(config)
+
+
+def test_one_class_that_is_left_over_is_refused(monkeypatch, tmp_path, pretrained):
+    labels = data.Images(["a"] * 40)
+    labels.targets, labels.classes = [0] * 39 + [1], ["a", "b"]
+    monkeypatch.setattr(data.Images, "__getitem__", lambda source, index: (None, labels.targets[index]))
+    monkeypatch.setattr(data, "open_labelled", lambda *args, **options: (labels, labels))
+    _, held_out = finetune.split_off(labels, 39)
+    assert 39 in held_out.indices
+    with pytest.raises(UserError, match="^--data: 1 of the classes occur in the training"):
+        finetune.open_views(configured(tmp_path, "--init", pretrained, "--data", "cifar10", "--validate", 39))
+
+
+def test_names_of_any_bytes_and_a_picture_that_fails(pretrained, tmp_path):
+    """Weights and result are kept; names are drawn as they are, and printed under a strict stdout."""
+    names = [b"Ba$$in", b"over_$10", b"_caf\xe9", "\u5c71".encode(), b"a\\$b"]
+    for split, name in ((split, name) for split in (b"train", b"val") for name in names):
+        folder = os.path.join(os.fsencode(tmp_path), b"\xffdata", split, name)
+        os.makedirs(folder)
+        for i in range(4):
+            Image.new("RGB", (40, 40), (50 * i, 9, 9)).save(os.path.join(os.fsdecode(folder), f"{i}.png"))
+    flags = ["--init", pretrained, "--data", os.fsdecode(os.fsencode(tmp_path) + b"/\xffdata"), "--steps", 1,
+             "--eval-every", 1, "--preset", "demo"]
+    strict = "sys.stdout.reconfigure(encoding='utf-8', errors='strict')"
+    out, err = finish(start(tmp_path / "a", *flags, script="finetune", hurt=strict))
+    assert not err and "warning" not in out and (tmp_path / "a" / "predictions.png").exists()
+    classes = torch.load(tmp_path / "a" / "model.pt")["config"]["classes"]
+    assert sorted(classes) == sorted(["Ba$$in", "over_$10", r"_caf\xe9", "\u5c71", r"a\$b"])
+    fails = "import visualize\nvisualize.figure_classes = lambda *args: {}['no picture']"
+    out, err = finish(start(tmp_path / "b", *flags, script="finetune", hurt=f"{strict}\n{fails}"))
+    assert not err and "warning: the picture could not be drawn (KeyError: 'no picture')" in out
+    assert result(tmp_path / "a") == result(tmp_path / "b")
 
 
 class Numbers(list):

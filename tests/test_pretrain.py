@@ -131,7 +131,7 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked):
     if tokenizer:
         expected |= {"accuracy", "val_accuracy", "chance_loss", "unigram_entropy", "majority_accuracy"}
         assert abs(lines[0]["loss"] - math.log(64)) < 0.5
-        tokens = weights.load_tokenizer(tokenizer).tokenize(tokenize.call_args_list[0].args[1])
+        tokens = weights.load_tokenizer(tokenizer).tokenize(tokenize.call_args_list[1].args[1])
         assert tokens.shape == (12, 8, 8) and torch.equal(targets, tokens[predicted])
     else:
         expected |= {"mean_loss"}
@@ -241,3 +241,14 @@ def test_two_processes_do_the_whole_job(tmp_path):
     assert two[0]["kl"] == pytest.approx(one[0]["kl"], rel=1e-4)
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["val_loss"] == pytest.approx(math.log(1024), abs=1)
+
+
+def test_a_tokenizer_with_one_token_is_refused(tokenizer, tmp_path):
+    """Before the first step: else the loss becomes 0 and the accuracy 1."""
+    model = weights.load_tokenizer(tokenizer)
+    model.encoder.blocks.output.conv.b.data[7] += 1000
+    path = tmp_path / "collapsed.pt"
+    torch.save({"model": model.state_dict(), "config": model.config, "kind": "DiscreteVAE"}, path)
+    with pytest.raises(training.UserError, match="^--tokenizer: all patches of 12 held-out images"):
+        train(path, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

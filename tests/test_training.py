@@ -5,7 +5,10 @@ import math
 import os
 import random
 import re
+import resource
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 
@@ -127,7 +130,8 @@ def test_errors_are_one_line_and_a_status(error, status, line, capsys, monkeypat
     """All processes find the same fault in the input, and the first says so; only one has its disk full."""
     monkeypatch.setattr("sys.argv", ["/somewhere/pretrain.py"])
     for rank, silent in (("0", (130,)), ("1", (2, 130))):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end, training.one_line_errors():
             raise error
         said = "" if status in silent else f"pretrain.py: error: {line}\n"
@@ -135,6 +139,51 @@ def test_errors_are_one_line_and_a_status(error, status, line, capsys, monkeypat
 
 
 # ---- The folder of a run ----
+
+@pytest.mark.parametrize("given, line", [
+    ("RANK=1", "RANK=1, no WORLD_SIZE, no LOCAL_RANK"),
+    ("WORLD_SIZE=", "no RANK, WORLD_SIZE=, no LOCAL_RANK"),
+    ("LOCAL_RANK=3", "no RANK, no WORLD_SIZE, LOCAL_RANK=3"),
+    ("RANK=0 WORLD_SIZE=two LOCAL_RANK=0", "RANK=0, WORLD_SIZE=two, LOCAL_RANK=0")])
+def test_half_of_torchruns_variables(given, line, capsys, monkeypatch):
+    for name, _, value in (setting.partition("=") for setting in given.split()):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end, training.one_line_errors():
+        raise AssertionError("not refused")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"error: the environment has {line}; torchrun sets all" in err
+    assert err.count("\n") == 1
+
+
+def test_torchruns_variables_without_an_address(monkeypatch):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR expected, but not set; start with torchrun"):
+        training.join_processes(training.RunConfig(batch_size=8, device="cpu"))
+
+
+def test_a_system_without_fcntl():
+    program = "import sys; sys.modules['fcntl'] = None; sys.argv = ['pretrain.py']; import pretrain"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr == (
+        "this system has no fcntl, which locks the folder of a run; Linux, macOS and WSL have it\n")
+
+
+def test_the_limit_of_open_files_is_raised():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        assert training.raise_open_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_json_has_no_nan(tmp_path):
+    training.write_json(tmp_path / "a.json", {"a": [math.nan, 1.5], "b": {"c": -math.inf}})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=None) == {
+        "a": [None, 1.5], "b": {"c": None}}
+
 
 def open_run(folder, *flags):
     return training.Run(parse("--out", folder, *flags), CPU, 10)

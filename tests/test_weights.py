@@ -255,7 +255,8 @@ def test_from_pre_training_to_a_classifier(tmp_path, capsys, image_size):
                     f"{grids}norm, into fc_norm", "new: head; left behind: lm_head, mask_token"]
 
 
-@pytest.mark.parametrize("theirs, taken", [("abc", True), ("cab", True), ("abd", False), (None, True)])
+@pytest.mark.parametrize("theirs, taken", [
+    ("abc", True), ("cab", True), ("abd", False), ("aab", False), (None, True)])
 @pytest.mark.parametrize("Model", [vit.ImageClassifier, vit.SemanticSegmenter])
 def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, theirs, taken):
     source, model = randomised(Model(backbone("relative"), 3)), Model(backbone("relative"), 3)
@@ -264,6 +265,17 @@ def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, theirs, taken)
     rows = [(theirs or "abc").index(name) for name in "abc"] if taken else []
     for ours, others in zip(model.head.parameters(), source.head.parameters()):
         assert torch.equal(ours, others[rows]) if taken else not torch.equal(ours, others)
+
+
+def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path, capsys):
+    """timm's BEiT with global_pool="token": norm before the head, and no fc_norm."""
+    model = vit.ImageClassifier(backbone(), 3)
+    state = {name.replace("fc_norm", "norm"): tensor for name, tensor in model.state_dict().items()}
+    save(state, tmp_path / "token.pth")
+    with pytest.raises(ValueError, match=r"token.pth has a head for \[S\]; our models average the patches"):
+        weights.build(tmp_path / "token.pth")
+    assert weights.initialise(model, tmp_path / "token.pth") == ["head.weight", "head.bias"]
+    assert "left behind: head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, value, message", [
