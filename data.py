@@ -21,7 +21,7 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from training import UserError, local_world_size, raise_open_file_limit, rank, world_size
+from training import UserError, rank, resource, world_size
 
 # ---- shapes: scenes that are a function of their index ----
 
@@ -111,7 +111,7 @@ JPEG_MIN_SIDE = 1024      # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size i
 HOLD_OUT_EVERY = 50       # every 50th image of a folder without val/ is held out
 IGNORE = 255              # in a class map: a pixel that is not counted
 MAX_BAD_IN_A_ROW = 16     # so many unreadable files end a run
-ORIENTATION = 0x0112      # EXIF's tag, and what makes an image of each value upright
+ORIENTATION = 0x0112      # EXIF's tag; TURNS: what makes an image upright
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
@@ -229,17 +229,15 @@ class ClassFolders(Images):
     def __init__(self, folder, classes=None):
         paths, start = image_paths(folder), len(os.path.join(folder, ""))
         super().__init__([path for path in paths if os.sep in path[start:]])
-        names = [path[start:].split(os.sep)[0] for path in self.paths.tolist()]
-        class_of = {name: printable(name) for name in sorted(set(names))}
-        folders = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.is_symlink()}
-        empty = sorted(filter(is_data, folders - set(class_of)))
-        if empty:
-            raise UserError(f"--data: no images under {folder}/{empty[0]} ({' '.join(SUFFIXES)})")
-        self.classes = classes or list(class_of.values())
-        unknown = sorted(set(class_of.values()) - set(self.classes))
-        if unknown:
-            raise UserError(f"--data: {folder} has class {unknown[0]}, the training images have not")
-        number = {name: self.classes.index(class_of[name]) for name in class_of}
+        names = [printable(path[start:].split(os.sep)[0]) for path in self.paths.tolist()]
+        folders = {printable(entry.name) for entry in os.scandir(folder)
+                   if entry.is_dir() and not entry.is_symlink() and is_data(entry.name)}
+        for name in sorted(folders - set(names)):
+            raise UserError(f"--data: no images under {folder}/{name} ({' '.join(SUFFIXES)})")
+        self.classes = classes or sorted(set(names))
+        for name in sorted(set(names) - set(self.classes)):
+            raise UserError(f"--data: {folder} has class {name}, the training images have not")
+        number = {name: k for k, name in enumerate(self.classes)}
         self.targets = [number[name] for name in names]
 
     def __getitem__(self, index):
@@ -303,7 +301,7 @@ def image_paths(folder, without=None):
     Hidden files and folders, __MACOSX and the folder `without` are left out. UserError if no image is left.
     """
     top, found, linked = os.path.realpath(folder), {}, []              # found: real path -> path
-    seen, to_walk = {without and os.path.realpath(without)}, [str(folder)]
+    seen, to_walk = {os.path.realpath(without or folder)} - {top}, [str(folder)]
     while to_walk:    # links come last, so that an image is found in its own place if it has one
         for where, folders, names in os.walk(to_walk.pop(0)):
             real = os.path.realpath(where)
@@ -313,13 +311,13 @@ def image_paths(folder, without=None):
             seen.add(real)
             folders[:] = sorted(filter(is_data, folders))
             to_walk += filter(os.path.islink, [os.path.join(where, name) for name in folders])
-            for name in sorted(filter(is_data, names)):
+            for name in (name for name in names if is_data(name) and name.lower().endswith(SUFFIXES)):
                 path = os.path.join(where, name)
-                if name.lower().endswith(SUFFIXES) and os.path.islink(path):
+                if os.path.islink(path):
                     linked.append(path)
-                elif name.lower().endswith(SUFFIXES):
+                else:
                     found[os.path.join(real, name)] = path
-    for path in linked:
+    for path in sorted(linked):
         found.setdefault(os.path.realpath(path), path)
     if not found:
         raise UserError(f"--data: no images under {folder} ({' '.join(SUFFIXES)})")
@@ -362,10 +360,7 @@ def open_splits(data, root):
     if named:
         return named
     folder, held_out = Path(data), held_out_folder(Path(data))
-    if (folder / "train").is_dir():
-        paths = image_paths(folder / "train")
-    else:
-        paths = image_paths(folder, without=held_out)
+    paths = image_paths(folder / "train" if (folder / "train").is_dir() else folder, without=held_out)
     if held_out:
         return Images(paths), Images(image_paths(held_out))
     kept = [path for i, path in enumerate(paths) if i % HOLD_OUT_EVERY]
@@ -558,16 +553,14 @@ def train_loader(dataset, config, device, start, stop, collate=default_collate):
 
 def check_limits(loader, size, tensors):
     """UserError if prefetched batches of so many bytes and tensors take more than this machine gives."""
-    batches, shared = loader.num_workers * loader.prefetch_factor, Path("/dev/shm")
-    kept = f"--workers: {loader.num_workers} loader processes keep {batches} batches"
-    free = shutil.disk_usage(shared).free // local_world_size() if shared.is_dir() else math.inf
-    if batches * size > free:
-        raise UserError(f"{kept} of {size / 1e6:,.1f} MB in {shared}, of which {free / 1e6:,.1f} MB are free "
-                        "for this process; take fewer, or 0")
-    most = raise_open_file_limit()
-    if batches * tensors + 100 > most:
-        raise UserError(f"{kept} of {tensors} tensors, each an open file; `ulimit -n` allows {most}; take "
-                        "fewer, or 0")
+    batches, shared, free = loader.num_workers * loader.prefetch_factor, Path("/dev/shm"), math.inf
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if batches * size > free or 0 < files < batches * tensors + 100:   # a tensor is an open file
+        raise UserError(f"--workers: {loader.num_workers} loader processes keep {batches} batches of "
+                        f"{size / 1e6:,.1f} MB and {tensors} open files; for them {shared} has "
+                        f"{free / 1e6:,.1f} MB free, and `ulimit -n` allows {files} files; take fewer, or 0")
 
 
 def val_loader(dataset, config, device, collate=default_collate, images=None, batch_size=None):

@@ -5,6 +5,7 @@
 """
 import dataclasses
 import math
+import textwrap
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -257,17 +258,13 @@ def build_model(config, classes):
     if config.init != "none":
         new = weights.initialise(model, config.init, classes)
         if config.eval and any(name.startswith(weights.HEADS) for name in new):
-            theirs = weights.load(config.init)[1]["classes"] or ["none that it names"]
-            raise UserError(f"--eval: {config.init} has no head for --task {config.task} and the classes "
-                            f"{shortened(classes)}, but for {shortened(theirs)}; a model.pt of finetune.py "
-                            "for the same --task and --data has one")
+            theirs = weights.load(config.init)[1]["classes"] or ["classes without names"]
+            both = (textwrap.shorten(", ".join(names), 200, placeholder=" ...") for names in (classes, theirs))
+            raise UserError(f"--eval: {config.init} has no head for --task {config.task} and {len(classes)} "
+                            "classes, {}, but for {}; a model.pt of finetune.py for the same --task and "
+                            "--data has one".format(*both))
     model.checkpoint_blocks = config.checkpoint_blocks
     return model
-
-
-def shortened(names):
-    """At most eight of the names, and how many there are."""
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:8])} ... ({len(names)})"
 
 
 def mixing(config, model):

@@ -163,11 +163,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_world_size():
-    """Number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def check_environment():
     """UserError unless all of torchrun's variables are numbers, or none of them is set."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
@@ -176,15 +171,6 @@ def check_environment():
         given = (f"no {name}" if value is None else f"{name}={value}" for name, value in zip(names, values))
         raise UserError(f"the environment has {', '.join(given)}; torchrun sets all three to numbers: start "
                         "with it, or unset them")
-
-
-def raise_open_file_limit():
-    """How many files this process may have open, after raising that limit as far as a user may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 2 ** 16 if hard == resource.RLIM_INFINITY else hard
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return most
 
 
 def say(text):
@@ -225,8 +211,11 @@ def one_line_errors():
 
 def join_processes(config):
     """Choose and set up this process's device, and join torchrun's other processes. Returns the device."""
+    with suppress(ValueError):                                         # macOS names no highest limit
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))       # loaders keep many files open
     torch.set_flush_denormal(True)    # arithmetic on denormal numbers takes up to 30 times as long
-    gpus, needed = torch.cuda.device_count(), local_world_size()       # one per process
+    gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # one per process
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         device, backend = torch.device("cpu"), dict(backend="gloo")
     elif gpus < needed:

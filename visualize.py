@@ -185,23 +185,6 @@ def every_attention_map(model, images):
             for block, x, bias in zip(model.blocks, inputs, model.position_biases())]
 
 
-def reference_patches(image, grid, count=3):
-    """Patches (row, column) that are likely on objects: unlike the border's colours, far from each other."""
-    h, w = grid
-    colours = F.adaptive_avg_pool2d(image[None].float(), grid)[0].permute(1, 2, 0)    # (h, w, 3)
-    border = torch.cat([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
-    unlike = (colours[:, :, None] - border).norm(dim=-1).median(-1).values             # (h, w)
-    rows, columns = torch.meshgrid(torch.arange(h) / h, torch.arange(w) / w, indexing="ij")
-    chosen = []
-    for _ in range(min(count, h * w)):
-        row, column = divmod(int(unlike.argmax()), w)
-        chosen.append((row, column))
-        distance = torch.hypot(rows - row / h, columns - column / w)
-        unlike = unlike * (distance / 0.35).clamp(max=1) + 1e-9
-        unlike[row, column] = -1
-    return chosen
-
-
 def figure_attention(image, attention, references, grid, title=None):
     """What reference patches attend to (figure 2): the mean of the heads and each head, a row for each patch.
 
@@ -326,7 +309,7 @@ def figure_positions(model):
 
 
 def read_runs(folders):
-    """folder -> lines of its metrics.jsonl. ValueError names a file that is absent or not a log."""
+    """folder -> lines of its metrics.jsonl. UserError names a file that is absent or not a log."""
     runs = {}
     for folder in folders:
         file = Path(folder) / "metrics.jsonl"
@@ -334,7 +317,7 @@ def read_runs(folders):
             lines = file.read_text().split("\n")[:-1]                  # the last may still be written
             runs[str(folder)] = [dict(json.loads(line)) for line in lines]
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{file} is not the log of a training script ({error})") from None
+            raise UserError(f"--runs: {file} is not the log of a training script ({error})") from None
     return runs
 
 
@@ -596,8 +579,9 @@ def attention(args):
     image = transforms.resize(transforms.pil_to_tensor(picture), side, Image.BICUBIC)
     image = data.to_float(transforms.center_crop(image, [length // P * P for length in image.shape[-2:]]))
     model = at_size(model, tuple(image.shape[-2:]))
-    grid = model.config.grid
-    references = [reference_of(text, grid) for text in args.patch] or reference_patches(image, grid)
+    grid = h, w = model.config.grid
+    references = [reference_of(text, grid) for text in args.patch]
+    references = references or [(h // 2, w // 2), (h // 3, w // 3), (2 * h // 3, 2 * w // 3)]
     return figure_attention(image, model.attention_maps(image[None], layer)[0], references, grid,
                             f"self-attention of layer {layer + 1} of {depth}")
 
@@ -660,10 +644,7 @@ def positions(args):
 
 def curves(args):
     """loss, accuracy, learning rate and throughput of one or several runs"""
-    try:
-        return figure_curves(read_runs(args.runs))
-    except ValueError as error:
-        raise UserError(f"--runs: {error}") from None
+    return figure_curves(read_runs(args.runs))
 
 
 def whole_number(least, most=2 ** 31 - 1):
@@ -714,7 +695,7 @@ def parser():
     one = command(attention, model, source)
     one.add_argument("--size", type=whole_number(1), help="pixels of the shorter side; by default as trained")
     one.add_argument("--patch", action="append", default=[], metavar="ROW,COL",
-                     help="reference patch, repeatable; S for [S]; by default three likely on objects")
+                     help="reference patch, repeatable; S for [S]; by default three around the centre")
     one.add_argument("--layer", type=int, default=-1, help="1 is the first, -1 the last (%(default)s)")
     command(attention_distance, model, source, count=16).set_defaults(seed=0)
     one = command(attention_objects, model, count=500)

@@ -241,6 +241,8 @@ def load(path):
             info |= read_config(Path(path).parent, state, info)
         else:
             info["config"] = infer_config(state)
+        check(task != "classification" or "fc_norm.weight" in state,
+              "has a head for [S]; our models average the patches")
     return state, info
 
 
@@ -306,11 +308,6 @@ def infer_config(state, **told):
     return vit.ViTConfig(**{**inferred, **told})
 
 
-def is_for_patches(state, info):
-    """False for a classifier whose head is for [S], not for the mean of the patches as ours."""
-    return info["task"] != "classification" or "fc_norm.weight" in state
-
-
 def build(path):
     """(model, info as of `load`): the MaskedImageModel, ImageClassifier, SemanticSegmenter or
     VisionTransformer in a file, in evaluation mode. ValueError as `load`, and for tensors that do not fit.
@@ -320,7 +317,6 @@ def build(path):
     state, info = load(path)
     config, outputs = info["config"], info["outputs"]
     with naming(path, "does not fit its own sizes"):
-        check(is_for_patches(state, info), "has a head for [S]; our models average the patches")
         if info["task"] == "masked image modeling":
             model = vit.MaskedImageModel(config, outputs)
         elif info["task"] == "classification":
@@ -384,7 +380,6 @@ def adapt(state, info, model, classes):
         converted.append("positions, from {}x{} to {}x{}".format(*source.grid, *target.grid))
     check(source.layer_norm_eps == target.layer_norm_eps,
           f"has LayerNorms with eps {source.layer_norm_eps}, the model {target.layer_norm_eps}")
-    pooling_fits = is_for_patches(state, info)
     for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{old}.weight" in state.keys() - ours.keys() and f"{new}.weight" in ours.keys() - state.keys():
             state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
@@ -392,7 +387,7 @@ def adapt(state, info, model, classes):
     head, theirs = [name for name in state if name.startswith(HEADS)], info["classes"] or classes
     same = classes is None or list(theirs) == list(classes)
     reordered = not same and sorted(theirs) == sorted(set(classes))
-    takes_head = (same or reordered) and pooling_fits and all(
+    takes_head = (same or reordered) and all(
         name in ours and ours[name].shape == state[name].shape for name in head)
     if head and takes_head and reordered:
         order = [theirs.index(name) for name in classes]

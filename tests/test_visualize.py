@@ -169,14 +169,6 @@ def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
     assert mean.images[1].get_clim()[1] == 0.5 and second.images[1].get_clim()[1] < 1e-9    # not by itself
 
 
-def test_reference_patches_fall_on_the_object():
-    image = torch.full((3, 64, 64), 0.2)
-    image[0, 16:40, 24:48] = 0.9
-    chosen = visualize.reference_patches(image, (8, 8), 3)
-    assert len(set(chosen)) == 3 and all(2 <= row < 5 and 3 <= column < 6 for row, column in chosen)
-    assert max(abs(a - b) for a, b in zip(chosen[0], chosen[1])) == 2    # far from each other
-
-
 def test_attention_distances_by_hand():
     neighbour, uniform = moved((1, 2), (0, 1))[None, None], torch.full((1, 1, 5, 5), 0.2)
     assert visualize.attention_distances([neighbour], (1, 2), 16).tolist() == [[16]]
@@ -343,6 +335,7 @@ def test_the_attention_command_draws_the_layer_and_the_patches_asked_for(run):
     maps = model.attention_maps(image[None], 0)[0].detach()
     assert [axes[i].get_ylabel() for i in (0, 4)] == ["patch 1,2", "[S]"]
     torch.testing.assert_close(shown(axes[3], 1), maps[1, 1 + 1 * 4 + 2, 1:].view(4, 4))
+    assert [axis.get_ylabel() for axis in axes_of("")[::4]] == ["patch 2,2", "patch 1,1", "patch 2,2"]
     assert (shown(axes[0]) - image).abs().mean() < 0.02    # resized by another function
     assert shown(axes_of(f"--images {run}/grey.png --size 64")[0]).shape == (3, 64, 88)    # 64x90, in patches
 

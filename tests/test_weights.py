@@ -267,15 +267,13 @@ def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, theirs, taken)
         assert torch.equal(ours, others[rows]) if taken else not torch.equal(ours, others)
 
 
-def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path, capsys):
+def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path):
     """timm's BEiT with global_pool="token": norm before the head, and no fc_norm."""
     model = vit.ImageClassifier(backbone(), 3)
     state = {name.replace("fc_norm", "norm"): tensor for name, tensor in model.state_dict().items()}
     save(state, tmp_path / "token.pth")
     with pytest.raises(ValueError, match=r"token.pth has a head for \[S\]; our models average the patches"):
         weights.build(tmp_path / "token.pth")
-    assert weights.initialise(model, tmp_path / "token.pth") == ["head.weight", "head.bias"]
-    assert "left behind: head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, value, message", [
