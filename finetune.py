@@ -259,10 +259,11 @@ def build_model(config, classes):
         new = weights.initialise(model, config.init, classes)
         if config.eval and any(name.startswith(weights.HEADS) for name in new):
             theirs = weights.load(config.init)[1]["classes"] or ["classes without names"]
-            both = (textwrap.shorten(", ".join(names), 200, placeholder=" ...") for names in (classes, theirs))
-            raise UserError(f"--eval: {config.init} has no head for --task {config.task} and {len(classes)} "
-                            "classes, {}, but for {}; a model.pt of finetune.py for the same --task and "
-                            "--data has one".format(*both))
+            ours, theirs = (textwrap.shorten(", ".join(names), 200, placeholder=" ...")
+                            for names in (classes, theirs))
+            raise UserError(f"--eval: {config.init} has no head for --task {config.task} and these classes: "
+                            f"{ours}; but for {theirs}; a model.pt of finetune.py for the same --task and "
+                            "--data has one")
     model.checkpoint_blocks = config.checkpoint_blocks
     return model
 
