@@ -157,7 +157,7 @@ def upright_rgb(image, reduce=True):
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")    # convert would copy
 
 
 def grey_to_8_bits(grey):

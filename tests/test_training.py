@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -222,23 +221,27 @@ def test_out_that_other_machines_do_not_see(tmp_path, monkeypatch, rank):
         open_run(tmp_path / "run")
 
 
+HOLD_THE_LOCK = """
+import os, sys, time
+import pretrain, training
+config = training.parse(pretrain.Config, pretrain.PRESETS, ["--out", sys.argv[1]])
+run = training.Run(config, "cpu", 10)
+print(os.fork() or os.getpid(), flush=True)    # the number of the process that it forks, and that one's
+time.sleep(60)
+"""
+
+
 def test_one_process_at_a_time(tmp_path):
     """A killed one holds no lock, not even while a process that it forked, such as a loader's, lives on."""
-    (reader, writer), child = os.pipe(), os.fork()
-    if child == 0:
-        run = open_run(tmp_path)
-        worker = os.fork()
-        if worker:
-            os.write(writer, str(worker).encode())
-        time.sleep(60)
-        os._exit(run.start)
-    worker = int(os.read(reader, 10))
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, tmp_path / "run"], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    worker = int(holder.stdout.readline())
     for flags in ((), ("--fresh",)):
         with pytest.raises(UserError, match="--out: .* is in use by another process"):
-            open_run(tmp_path, *flags)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    open_run(tmp_path)
+            open_run(tmp_path / "run", *flags)
+    holder.kill()
+    holder.wait()
+    open_run(tmp_path / "run")
     os.kill(worker, signal.SIGKILL)
 
 
