@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets, tv_tensors
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop, v2
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
 from training import UserError, rank, resource, world_size
@@ -268,7 +269,7 @@ class Segmentation(Images):
             raise UserError(f"--data: {len(missing)} images have no map, {missing[0]} first")
 
     def __getitem__(self, index):
-        image = open_file(self.paths[index], functools.partial(upright_rgb, reduce=False))
+        image = open_file(self.paths[index], partial(upright_rgb, reduce=False))
         path = self.maps[index]
         mode, numbers = open_file(path, lambda file: (file.mode, np.array(upright(file))))
         if mode not in ("L", "P"):
@@ -464,7 +465,7 @@ class Views(Dataset):
         return [(255 * view).round().to(torch.uint8) for view in views]
 
 
-FILL_COLOUR = (124, 116, 104)    # ImageNet's mean colour, where there is no image
+FILL_COLOUR, FILL_STD = (124, 116, 104), 58    # ImageNet's, where there is no image
 
 
 class Labelled(Dataset):
@@ -492,8 +493,8 @@ class Labelled(Dataset):
 def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, erasing=0.0, eval_crop=0.875):
     """Training: random resized crop, flip, RandAugment, random erasing (Table 13). Else the centre.
 
-    randaugment: magnitude, 0 (none) to 10, of two operations, each applied to half of the images as released.
-    erasing: probability of a rectangle in the mean colour. eval_crop: side of the centre over the image's.
+    randaugment: mean magnitude, 0 (none) to 10, with std 0.5, of two operations, each applied to half of the
+    images as released. erasing: its probability. eval_crop: side of the centre over the image's.
     """
     if not train:
         resize = v2.Resize(round(size / eval_crop), InterpolationMode.BICUBIC)
@@ -501,11 +502,22 @@ def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, e
     crop = v2.RandomResizedCrop(size, (crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     operations = []
     if randaugment:
-        magnitude = round(3 * randaugment)                             # of 31 steps, about 0 to 10
-        operation = v2.RandAugment(1, magnitude, 31, InterpolationMode.BILINEAR, FILL_COLOUR)
+        steps = np.arange(31)                                          # of magnitude, a third each
+        operation = v2.RandomChoice(
+            [v2.RandAugment(1, int(step), 31, InterpolationMode.BICUBIC, FILL_COLOUR) for step in steps],
+            p=np.exp(-((steps / 3 - randaugment) / 0.5) ** 2 / 2).tolist())
         operations = [v2.RandomApply([operation], p=0.5)] * 2
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *operations, v2.PILToTensor(),
-                       v2.RandomErasing(p=erasing, value=FILL_COLOUR)])
+                       v2.RandomApply([erase], p=erasing)])
+
+
+def erase(image, label):
+    """Fill a random rectangle of an image, uint8 (3, H, W), with noise, N(0, 1) in normalised colours."""
+    top, left, h, w, noise = RandomErasing.get_params(image, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3))
+    if noise is image:                                                 # no rectangle was found
+        return image, label
+    noise = (noise * FILL_STD + torch.tensor(FILL_COLOUR).view(3, 1, 1)).clamp(0, 255)
+    return F.erase(image, top, left, h, w, noise.to(torch.uint8)), label
 
 
 def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
@@ -519,31 +531,45 @@ def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
     sides = [round(size * side) for side in np.linspace(*scale, num=33)]
     distortion = v2.ColorJitter(jitter / 4, jitter, jitter, jitter / 10)    # v2's own also swaps red and blue
     return v2.Compose([
-        v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC),
-        v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: FILL_COLOUR, tv_tensors.Mask: IGNORE}),
+        v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC), partial(varied_crop, size),
         v2.RandomHorizontalFlip(), v2.RandomApply([distortion], p=0.5), v2.PILToTensor()])
+
+
+def varied_crop(size, image, classes):
+    """A random crop of size x size, padded with IGNORE; if one class covers more than 75 % of what is counted
+    in it, it is drawn again, up to ten times, as usual on ADE20K."""
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: FILL_COLOUR, tv_tensors.Mask: IGNORE})
+    for _ in range(10):
+        cropped = crop(image, classes)
+        counts = torch.bincount(cropped[1].flatten(), minlength=256)[:IGNORE]
+        if counts.max() < 0.75 * counts.sum():
+            break
+    return cropped
 
 
 # ---- Loaders ----
 
-def rank_batches(images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1):
+def rank_batches(images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1, repeats=1):
     """Lists of (epoch, index) of one process for steps start to stop - 1, a list for each accumulated part.
 
     The images of a step are a function of (seed, step), and are dealt to parts and processes in order.
+    repeats: so many times each image is in its batch, with the draws of different epochs (Table 13: repeated
+    augmentation). An epoch has as many steps as without, and fewer images.
     """
+    different = math.ceil(batch_size / repeats)                        # images in a batch
     for step in range(start, stop):
         epoch, at = divmod(step, images // batch_size)
         if at == 0 or step == start:
             order = np.random.default_rng([seed, epoch]).permutation(images)
-        batch = order[at * batch_size:(at + 1) * batch_size]
-        for part in batch.reshape(parts, world_size, -1):
-            yield [(epoch, int(index)) for index in part[rank]]
+        for part in np.arange(batch_size).reshape(parts, world_size, -1):
+            yield [(epoch * repeats + i // different, int(order[at * different + i % different]))
+                   for i in part[rank].tolist()]
 
 
-def train_loader(dataset, config, device, start, stop, collate=default_collate):
+def train_loader(dataset, config, device, start, stop, collate=default_collate, repeats=1):
     """Batches of this process for steps start to stop - 1."""
     batches = rank_batches(len(dataset), config.batch_size, seed=config.seed, start=start, stop=stop,
-                           parts=config.accumulate, rank=rank(), world_size=world_size())
+                           parts=config.accumulate, rank=rank(), world_size=world_size(), repeats=repeats)
     loader = make_loader(dataset, batches, config, device, collate)
     if loader.num_workers:
         sample, samples = collate([dataset[0, 0]]), config.batch_size // config.accumulate // world_size()

@@ -47,6 +47,8 @@ class Config(training.RunConfig, vit.ViTConfig):
     mixup: Annotated[float, "alpha of mixup, 0 = none", (0, inf)] = 0.8
     cutmix: Annotated[float, "alpha of cutmix, 0 = none; with both, one at random", (0, inf)] = 1.0
     erasing: Annotated[float, "probability of erasing a rectangle", (0, 1)] = 0.25
+    repeats: Annotated[int, "so many differently augmented copies of each image in a batch; paper: 3 for "
+                            "base, released code: 1", (1, inf)] = 1
     eval_crop: Annotated[float, "side of the evaluated square over the shorter side", (1e-6, 1)] = 0.875
     scale: Annotated[tuple[float, float], "segmentation: shorter side over image size, before the crop",
                      (1e-6, inf)] = (0.5, 2.0)
@@ -75,12 +77,18 @@ def size(name):
     return {field: getattr(vit.PRESETS[name], field) for field in ("dim", "depth", "heads")}
 
 
-# Tables 13 and 14 and appendix D; learning rates are from their ranges. For 384 the paper says "10 % of the
-# epochs, small lr"; those numbers, and the demos', are ours.
+# base, large, cifar100: Table 13, with learning rates from its range (released for large: 1e-3); drop_path of
+# large as released. 384: sec. 3.1. intermediate: released. Segmentation: Table 14, and as released after
+# intermediate fine-tuning. Probe: appendix D. Ours are the demos, tiny, small, and the warm-up at 384.
 IMAGENET = dict(epochs=100.0, batch_size=1024, lr=4e-3, min_lr=1e-6, warmup=0.2, clip_grad=0.0)
 LARGE = {**IMAGENET, **size("large"), "epochs": 50.0, "lr": 2e-3, "warmup": 0.1, "layer_decay": 0.75,
          "drop_path": 0.2}
-AT_384 = dict(image_size=384, epochs=10.0, batch_size=512, lr=2e-5, layer_decay=0.85, eval_crop=1.0)
+AT_384 = dict(image_size=384, epochs=10.0, batch_size=512, lr=5e-6, min_lr=5e-6, weight_decay=1e-8,
+              eval_crop=1.0)
+CIFAR100 = {**IMAGENET, **size("base"), "epochs": 150.0, "batch_size": 512, "warmup": 20 / 150,
+            "weight_decay": 0.3, "erasing": 0.0, "repeats": 3}
+INTERMEDIATE = dict(epochs=30.0, batch_size=512, lr=2e-5, warmup=5 / 30, layer_decay=0.85, mixup=0.0,
+                    cutmix=0.0, weight_decay=1e-8)
 ADE20K = dict(image_size=512, steps=160_000, batch_size=16, lr=1e-3, min_lr=0.0, warmup=1500 / 160_000,
               clip_grad=0.0)
 NO_MIXING = dict(randaugment=0.0, mixup=0.0, cutmix=0.0, erasing=0.0)
@@ -93,12 +101,16 @@ PRESETS = {
     "demo": {**DEMO, **NO_MIXING, "crop_scale": 0.5, "eval_crop": 1.0},
     "tiny": {**IMAGENET, **size("tiny")}, "small": {**IMAGENET, **size("small")},
     "base": {**IMAGENET, **size("base")}, "large": LARGE,
-    "base-384": {**IMAGENET, **size("base"), **AT_384}, "large-384": {**LARGE, **AT_384, "epochs": 5.0},
-    "intermediate": {**IMAGENET, **size("base"), "epochs": 30.0, "lr": 2e-5, "layer_decay": 0.85,
-                     "mixup": 0.0, "cutmix": 0.0, "weight_decay": 1e-8},
+    "base-384": {**IMAGENET, **size("base"), **AT_384}, "large-384": {**LARGE, **AT_384},
+    "intermediate": {**IMAGENET, **size("base"), **INTERMEDIATE},
+    "intermediate-large": {**LARGE, **INTERMEDIATE, "layer_decay": 0.9, "drop_path": 0.4},
+    "cifar100": CIFAR100,
     "segmentation-demo": {**DEMO, "scale": (0.75, 1.5), "jitter": 0.0, "decoder_dim": 64},
     **{f"segmentation-{name}": {**ADE20K, **size(name)} for name in ("tiny", "small", "base")},
     "segmentation-large": {**ADE20K, **size("large"), "drop_path": 0.2},
+    "segmentation-intermediate": {**ADE20K, **size("base"), "lr": 3e-5, "layer_decay": 0.9},
+    "segmentation-intermediate-large": {**ADE20K, **size("large"), "drop_path": 0.2, "lr": 2e-5,
+                                        "layer_decay": 0.95},
     "probe": PROBE,
     "probe-demo": {**PROBE, "epochs": 6.0, "batch_size": 64, "lr": 1e-2, "crop_scale": 0.5, "eval_crop": 1.0,
                    "log_every": 10, "save_every": 100},
@@ -113,7 +125,8 @@ def complete(preset, flags):
     elif task == "segmentation" and f"segmentation-{preset}" in PRESETS:
         preset = f"segmentation-{preset}"
     if task == "segmentation" and not preset.startswith(task):
-        raise UserError(f"--preset: demo, tiny, small, base or large with --task segmentation, not {preset}")
+        raise UserError(f"--preset: demo, tiny, small, base, large, intermediate or intermediate-large with "
+                        f"--task segmentation, not {preset}")
     out = f"runs/finetune-{data_name}" + ("" if task == "classification" else f"-{task}")
     left, script = f"runs/pretrain-{data_name}/model.pt", "pretrain.py"
     if flags.get("eval"):
@@ -382,7 +395,7 @@ def segment(model, images, window, precision):
     """Logits (B, C, H, W) in fp32 for images (B, 3, H, W) of any size, by a model for squares of S pixels.
 
     "whole": the image resized to S x S. "sliding": resized so that its shorter side is S, covered with S x S
-    windows that overlap by a third or more, whose logits are averaged. Then bilinearly resized to H x W.
+    windows, placed as mmsegmentation does, whose logits are averaged. Then bilinearly resized to H x W.
     """
     S, (H, W) = model.config.image_hw[0], images.shape[-2:]
     h, w = (S, S) if window == "whole" else (max(S, round(side * S / min(H, W))) for side in (H, W))
@@ -402,9 +415,9 @@ def segment(model, images, window, precision):
 
 
 def window_starts(length, size):
-    """Where windows begin along a side: evenly spaced, at most two thirds of a window apart."""
-    count = 1 + math.ceil((length - size) / (size * 2 / 3))
-    return [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
+    """Where windows begin along a side: two thirds of a window apart, the last one at the end."""
+    stride = size * 2 // 3
+    return [min(i * stride, length - size) for i in range(1 + math.ceil((length - size) / stride))]
 
 
 # ---- Fine-tuning ----
@@ -455,7 +468,7 @@ def fit(model, run, views, evaluate, precision, device):
     kept = parts["ema"].module if config.ema else model
     run.restore(**parts)
     network = training.distribute(torch.compile(model) if config.compile else model, device)
-    batches = iter(data.train_loader(views, config, device, run.start, total))
+    batches = iter(data.train_loader(views, config, device, run.start, total, repeats=config.repeats))
     mix = mixing(config, model)
     schedule = warmup_linear if config.task == "segmentation" else training.warmup_cosine
     report = {}

@@ -389,33 +389,72 @@ class SemanticSegmenter(VisionTransformer):
 
 
 def resize_positions(state_dict, config, grid=None):
-    """A copy of state_dict with E_pos and relative-position tables resized bicubically to the grid of config.
+    """A copy of state_dict with E_pos and the relative-position tables resized to the grid of config.
 
-    grid: the old (h, w); None: the grid of config if the sizes fit it, else a square. Rows of [S] are kept.
+    As released: E_pos bicubically without antialiasing (Table 14 says bilinear), tables by offset_weights.
+    Rows of [S] are kept. grid: the old (h, w); None: the grid of config if the sizes fit it, else a square.
     Raises ValueError for sizes that fit no grid.
     """
     resized = dict(state_dict)
     for name, value in state_dict.items():
         if name == "pos_embed":
-            patches = resize_rows(value[0, 1:], grid, config.grid)
-            resized[name] = torch.cat([value[:, :1], patches[None]], dim=1)
+            old = grid_of(value.shape[1] - 1, grid or config.grid, grid is None)
+            if old != config.grid:
+                patches = value[:, 1:].transpose(1, 2).unflatten(2, old).float()   # (1, D, h, w)
+                patches = F.interpolate(patches, size=config.grid, mode="bicubic")
+                patches = patches.flatten(2).transpose(1, 2).to(value.dtype)       # (1, N', D)
+                resized[name] = torch.cat([value[:, :1], patches], dim=1)
         elif name.endswith("relative_position_bias_table"):
-            new = tuple(2 * side - 1 for side in config.grid)          # offsets along each axis
-            old = tuple(2 * side - 1 for side in grid) if grid else None
-            resized[name] = torch.cat([resize_rows(value[:-3], old, new), value[-3:]])
+            fits = tuple(2 * side - 1 for side in grid or config.grid)
+            old = grid_of(len(value) - 3, fits, grid is None)          # (2h-1, 2w-1) offsets
+            rows, columns = (offset_weights((was + 1) // 2, side) for was, side in zip(old, config.grid))
+            offsets = value[:-3].unflatten(0, old).double()            # (2h-1, 2w-1, heads)
+            offsets = torch.einsum("ri,cj,ijk->rck", rows, columns, offsets).flatten(0, 1).to(value.dtype)
+            resized[name] = torch.cat([offsets, value[-3:]])
     return resized
 
 
-def resize_rows(rows, old, new):
-    """(h w, D) on the grid old -> (h' w', D) on the grid new."""
-    if old is None:
-        old = new if len(rows) == math.prod(new) else (math.isqrt(len(rows)),) * 2
-    check(len(rows) and len(rows) == math.prod(old), f"{len(rows)} positions do not fit {old[0]}x{old[1]}")
-    if tuple(old) == tuple(new):
-        return rows
-    grid = rows.float().t().unflatten(1, old)[None]                # (1, D, h, w)
-    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
-    return grid[0].flatten(1).t().to(rows.dtype)
+def grid_of(rows, grid, or_square):
+    """grid, if it has so many places, else the square that has. ValueError."""
+    if or_square and rows != math.prod(grid):
+        grid = (math.isqrt(max(0, rows)),) * 2
+    check(rows > 0 and rows == math.prod(grid), f"{rows} positions do not fit {grid[0]}x{grid[1]}")
+    return tuple(grid)
+
+
+def offset_weights(old, new):
+    """How the bias at each new offset along an axis depends on that at old ones: (2 new - 1, 2 old - 1).
+
+    As released, old offsets 0, 1, 2, 3 ... are placed at 0, 1, 1 + q, 1 + q + q^2 ..., the last one at the
+    last new offset, so that near ones keep their bias. A cubic spline interpolates between them (not-a-knot).
+    """
+    if old == new:
+        return torch.eye(2 * new - 1).double()
+    if old == 1:
+        return torch.ones(2 * new - 1, 1).double()
+    low, high = 1.01, 1.5                                          # bounds of q
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        if sum(q ** k for k in range(old - 1)) > new - 1:
+            high = q
+        else:
+            low = q
+    places = (q ** torch.arange(old - 1).double()).cumsum(0)
+    places = torch.cat([-places.flip(0), torch.zeros(1), places])      # (2 old - 1,)
+    degree = min(3, 2 * old - 2)
+    ends = places[-1:].expand(degree + 1)
+    knots = torch.cat([-ends, places[2:-2], ends])
+
+    def b_splines(x):    # (n,) -> (n, 2 old - 1), by the recursion of Cox and de Boor
+        x = x.clamp(knots[0], knots[-1] * (1 - 1e-12))[:, None]
+        basis = ((knots[:-1] <= x) & (x < knots[1:])).double()
+        for k in range(1, degree + 1):
+            rising = (x - knots[:-k - 1]) / (knots[k:-1] - knots[:-k - 1])
+            falling = (knots[k + 1:] - x) / (knots[k + 1:] - knots[1:-k])
+            basis = rising.nan_to_num(0, 0, 0) * basis[:, :-1] + falling.nan_to_num(0, 0, 0) * basis[:, 1:]
+        return basis
+
+    return b_splines(torch.arange(1.0 - new, new).double()) @ torch.linalg.inv(b_splines(places))
 
 
 def ignore_index_buffers(module, state_dict, *_):

@@ -336,9 +336,10 @@ def build(path):
 def initialise(model, path, classes=None, flag="--init"):
     """Fill a model from a checkpoint, and say in three lines what was taken, converted, new and left behind.
 
-    Positions are resized to the model's grid, a table shared by all blocks is copied into each block, norm
-    takes the place of fc_norm and the reverse. A head is taken if task, size and, where the file names them,
-    classes are the same; its rows are put into the order of `classes`. Any other difference is a UserError.
+    Positions are resized to the model's grid, and a table shared by all blocks is copied into each block. As
+    released, fc_norm does not take the place of norm: it is new, and norm is left behind. A head is taken if
+    task, size and, where the file names them, classes are the same; its rows are put into the order of
+    `classes`. Any other difference is a UserError.
     Returns the names of the parameters that are new.
     """
     try:
@@ -380,10 +381,6 @@ def adapt(state, info, model, classes):
         converted.append("positions, from {}x{} to {}x{}".format(*source.grid, *target.grid))
     check(source.layer_norm_eps == target.layer_norm_eps,
           f"has LayerNorms with eps {source.layer_norm_eps}, the model {target.layer_norm_eps}")
-    for old, new in (("norm", "fc_norm"), ("fc_norm", "norm")):
-        if f"{old}.weight" in state.keys() - ours.keys() and f"{new}.weight" in ours.keys() - state.keys():
-            state |= {f"{new}.{part}": state.pop(f"{old}.{part}") for part in ("weight", "bias")}
-            converted.append(f"{old}, into {new}")
     head, theirs = [name for name in state if name.startswith(HEADS)], info["classes"] or classes
     same = classes is None or list(theirs) == list(classes)
     reordered = not same and sorted(theirs) == sorted(set(classes))
@@ -393,9 +390,9 @@ def adapt(state, info, model, classes):
         order = [theirs.index(name) for name in classes]
         state |= {name: state[name][order] for name in ("head.weight", "head.bias")}
         converted.append("the head, into the order of these classes")
-    left = [] if takes_head else head
-    if "mask_token" in state and "mask_token" not in ours:
-        left = [*left, "mask_token"]
+    unused = [name for name in state.keys() - ours.keys()
+              if name.startswith(("mask_token", "norm.", "fc_norm."))]
+    left = sorted(unused) + ([] if takes_head else head)
     return {name: tensor for name, tensor in state.items() if name not in left}, converted, left
 
 

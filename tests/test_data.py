@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import finished, start
 from PIL import Image, ImageFile
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 import data
@@ -154,18 +156,53 @@ def test_jitter_is_torchvisions(monkeypatch, order):
 
 
 def test_erasing_and_randaugment():
-    """A rectangle in the mean colour; two operations, each on half of the images, so that 1/4 has none."""
-    grey = torch.tensor(data.FILL_COLOUR, dtype=torch.uint8).view(3, 1, 1)
-    transform, changed = partial(data.classification_transform, 32, train=True), 0
+    """A rectangle of noise; two operations, each on half of the images, so that 1/4 has none."""
+    transform, changed, noise = partial(data.classification_transform, 64, train=True), 0, []
     transforms = transform(), transform(erasing=1.0), transform(randaugment=9)
     for i in range(30):
         plain, erased, augmented = (Labelled(Shapes("train"), transform)[0, i][0] for transform in transforms)
-        painted = (erased == grey).all(0)
-        rows, columns = painted.nonzero().t()
-        assert 0.01 < painted.float().mean() < 0.5 and not (plain == grey).all(0).any()
-        assert len(rows) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        rows, columns = (plain != erased).any(0).nonzero().t()
+        window = erased[:, rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+        assert 0.01 < len(rows) / 64 ** 2 < 0.4 and len(rows) > 0.99 * window[0].numel()
+        noise.append(window.flatten(1).float())
         changed += not torch.equal(plain, augmented)
+    noise = torch.cat(noise, 1)                                        # clipped at 0 and 255, it varies less
+    assert (noise.mean(1) - torch.tensor([124.0, 116, 104])).abs().max() < 3 and 50 < noise.std() < 58
     assert 12 < changed < 28
+
+
+def test_magnitudes_of_randaugment_vary(monkeypatch):
+    """A tenth of 30 steps is one magnitude: mean 9, std 0.5, but at most 10."""
+    made, used = v2.RandAugment, []
+
+    def spied(count, step, *rest):
+        operation = made(count, step, *rest)
+        operation.register_forward_pre_hook(lambda *_: used.append(step))
+        return operation
+    monkeypatch.setattr(v2, "RandAugment", spied)
+    transform = data.classification_transform(8, train=True, randaugment=9)
+    for i in range(600):
+        with data.seeded(i):
+            transform(picture(width=8, height=8), 0)
+    magnitudes = np.array(used) / 3
+    assert 500 < len(used) < 700 and abs(magnitudes.mean() - 8.96) < 0.1 and 0.4 < magnitudes.std() < 0.55
+
+
+def test_crops_of_one_class_are_drawn_again():
+    """Of ten 16 x 16 crops of a strip with another class in a tenth of it, one at least is no crop of one
+    class, if there is one; a map of one class is cropped, too."""
+    image, classes = Image.new("RGB", (200, 16)), np.zeros((16, 200), np.uint8)
+    classes[:, 90:110], classes[:, :20] = 1, data.IGNORE
+    seen = []
+    for i in range(60):
+        with data.seeded(i):
+            cropped, target = data.varied_crop(16, image, tv_tensors.Mask(torch.from_numpy(classes)))
+            assert cropped.size == (16, 16)
+        counts = torch.bincount(target.flatten(), minlength=256)[:data.IGNORE]
+        seen.append((counts.max() <= 0.75 * counts.sum()).item())
+    assert np.mean(seen) > 2 * 24 / 185                                # left edges with 25 to 75 % of a class
+    same = torch.zeros(16, 200, dtype=torch.uint8)
+    assert data.varied_crop(16, image, tv_tensors.Mask(same))[1].shape == (16, 16)
 
 
 def test_evaluation_sees_the_centre():
@@ -184,6 +221,24 @@ def test_evaluation_sees_the_centre():
 def test_an_epoch_shows_no_image_twice():
     keys = [key for batch in rank_batches(50, 12, seed=3, start=0, stop=8) for key in batch]
     assert len(set(keys)) == 96 and {epoch for epoch, _ in keys} == {0, 1}
+
+
+@pytest.mark.parametrize("images, batch, different", [(50, 12, 4), (48, 16, 6)])
+def test_repeated_augmentation(images, batch, different):
+    """Three copies of an image in a batch, with draws of three epochs; none beside another copy, with which
+    mixup would mix it. As many steps as without, whatever the processes."""
+    batches = list(rank_batches(images, batch, seed=3, start=0, stop=8, repeats=3))
+    for keys in batches:
+        counts = np.unique([index for _, index in keys], return_counts=True)[1]
+        assert len(set(keys)) == batch and len(counts) == different and counts.max() == 3
+        assert all(a[1] != b[1] for a, b in zip(keys, keys[1:]))
+    steps = images // batch
+    of_epoch = [{index for keys in batches[at:at + steps] for _, index in keys} for at in (0, steps)]
+    assert len(of_epoch[0]) == steps * different and of_epoch[0] != of_epoch[1]
+    assert {epoch for keys in batches[steps:2 * steps] for epoch, _ in keys} == {3, 4, 5}
+    halves = [list(rank_batches(images, batch, seed=3, start=2, stop=3, repeats=3, rank=rank, world_size=2))
+              for rank in (0, 1)]
+    assert halves[0][0] + halves[1][0] == batches[2]
 
 
 @pytest.mark.parametrize("images, batch, world, wanted", [(10, 4, 1, None), (10, 4, 3, None), (2, 8, 3, None),

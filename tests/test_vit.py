@@ -1,6 +1,7 @@
 """The backbone and its models: by hand, by invariance, and against timm."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -259,13 +260,60 @@ def test_positions_carry_over_to_other_grids(old, new, given):
     assert all(torch.equal(same[key], state[key]) for key in state)
 
 
-def test_positions_are_resized_bicubically_or_refused():
-    state = {"pos_embed": (torch.arange(17) == 6).float().view(1, 17, 1)}
-    assert vit.resize_positions(state, small(image_size=64))["pos_embed"].min() < 0    # beside the peak
+TABLE = "blocks.0.attn.relative_position_bias_table"
+
+
+def resized_table(offsets, old, new):
+    """offsets (2h-1, 2w-1) of the grid old, resized to the grid new."""
+    table = torch.cat([torch.as_tensor(offsets).reshape(-1, 1), torch.zeros(3, 1)])
+    config = small(image_size=(8 * new[0], 8 * new[1]))
+    return vit.resize_positions({TABLE: table}, config, old)[TABLE][:-3].view(2 * new[0] - 1, 2 * new[1] - 1)
+
+
+def test_near_offsets_keep_their_bias():
+    """-1 a patch, 14 x 14 -> 24 x 24, as the released code gives it (PAPER.md, 4)."""
+    offsets = resized_table(-torch.arange(-13.0, 14).abs().expand(27, 27), (14, 14), (24, 24))
+    assert offsets[5, 23:27].tolist() == pytest.approx([0, -1, -1.93, -2.77], abs=0.006)
+    assert offsets[30, 0].item() == offsets[5, 46].item() == pytest.approx(-13, abs=1e-4)
+
+
+@pytest.mark.parametrize("old, new", [
+    ((14, 14), (24, 24)), ((14, 14), (32, 32)), ((24, 24), (14, 14)), ((2, 3), (5, 4)), ((8, 14), (12, 32))])
+def test_tables_are_splines_on_the_released_places(old, new):
+    """Against FITPACK, which the released code calls."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+
+    def places(old, new):
+        q = np.linspace(1.01, 1.5, 100_000)
+        q = q[abs((1 - q ** (old - 1)) / (1 - q) - (new - 1)).argmin()]
+        distances = np.cumsum(q ** np.arange(old - 1.0))
+        return np.concatenate([-distances[::-1], [0], distances])
+
+    offsets = np.random.default_rng(0).normal(size=(2 * old[0] - 1, 2 * old[1] - 1))
+    rows, columns = places(old[0], new[0]), places(old[1], new[1])
+    spline = interpolate.RectBivariateSpline(
+        rows, columns, offsets, kx=min(3, len(rows) - 1), ky=min(3, len(columns) - 1), s=0)
+    asked = [np.arange(1.0 - side, side).clip(at[0], at[-1]) for side, at in zip(new, (rows, columns))]
+    np.testing.assert_allclose(resized_table(offsets, old, new), spline(*asked), atol=1e-3)
+
+
+def test_absolute_positions_are_resized_bicubically_without_antialiasing():
+    """One of four columns is 1; to 2 and 8 columns: Keys' kernel, a = -0.75, of their centres' distances."""
+    state = {"pos_embed": torch.cat([torch.zeros(1, 1, 1), torch.eye(4)[1].repeat(4).view(1, 16, 1)], 1)}
+    smaller = vit.resize_positions(state, small(image_size=16))["pos_embed"][0, 1:, 0].view(2, 2)
+    larger = vit.resize_positions(state, small(image_size=64))["pos_embed"][0, 1:, 0].view(8, 8)
+    near, far = (1.25 * 0.5 - 2.25) * 0.25 + 1, -0.75 * (1.5 ** 3 - 5 * 1.5 ** 2 + 8 * 1.5 - 4)
+    assert smaller[0].tolist() == pytest.approx([near, far], abs=1e-6)
+    assert larger[3, 2].item() == pytest.approx((1.25 * 0.25 - 2.25) * 0.25 ** 2 + 1, abs=1e-6)
+
+
+def test_positions_that_fit_no_grid_are_refused():
     with pytest.raises(ValueError, match="16 positions do not fit 3x5"):
-        vit.resize_positions(state, small(), (3, 5))
+        vit.resize_positions({"pos_embed": torch.zeros(1, 17, 1)}, small(), (3, 5))
     with pytest.raises(ValueError, match="15 positions do not fit 3x3"):
         vit.resize_positions({"pos_embed": torch.zeros(1, 16, 24)}, small())
+    with pytest.raises(ValueError, match="22 positions do not fit 4x4"):
+        vit.resize_positions({TABLE: torch.zeros(25, 2)}, small())
 
 
 # ---- torch.compile ----

@@ -243,16 +243,17 @@ def test_from_pre_training_to_a_classifier(tmp_path, capsys, image_size):
     source, name = randomised(vit.MaskedImageModel(backbone(), 50)), "relative_position_bias_table"
     path = save({"model": source.state_dict()}, tmp_path / "beit.pth")
     model = vit.ImageClassifier(backbone("relative", image_size), 5)
-    assert weights.initialise(model, path) == ["head.weight", "head.bias"]
+    new = [f"{name}.{part}" for name in ("fc_norm", "head") for part in ("weight", "bias")]
+    assert weights.initialise(model, path) == new
     table = vit.resize_positions({name: source.rel_pos_bias.get_parameter(name)}, model.config, (4, 4))[name]
     assert all(torch.equal(block.attn.relative_position_bias_table, table) for block in model.blocks)
-    assert torch.equal(model.fc_norm.weight, source.norm.weight)
+    assert (model.fc_norm.weight == 1).all() and not model.fc_norm.bias.any()    # as released
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     taken, *rest = capsys.readouterr().out.splitlines()
     assert taken.startswith(f"taken from {path} (released BEiT, masked image modeling): ")
-    grids = "positions, from 4x4 to 6x6; " if image_size == 48 else ""
-    assert rest == ["converted: the shared position table, into one for each block; "
-                    f"{grids}norm, into fc_norm", "new: head; left behind: lm_head, mask_token"]
+    grids = "; positions, from 4x4 to 6x6" if image_size == 48 else ""
+    assert rest == [f"converted: the shared position table, into one for each block{grids}",
+                    "new: fc_norm, head; left behind: mask_token, norm, lm_head"]
 
 
 @pytest.mark.parametrize("theirs, taken", [
