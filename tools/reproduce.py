@@ -72,6 +72,14 @@ ABLATIONS = {
 }
 
 
+# Table 5, likewise
+ARCHITECTURES = {
+    "ViT": ("", "82.86", "44.86"),
+    "+ layer scale": ("--layer-scale 0.1", "83.00", "45.43"),
+    "+ layer scale + relative positions": ("--layer-scale 0.1 --position shared_relative", "83.22", "45.70"),
+}
+
+
 # ---- Runs ----
 
 class Lab:
@@ -181,6 +189,11 @@ def ablations(lab):
     return variants(lab, ABLATIONS)
 
 
+def architecture(lab):
+    """Table 5: layer scale and relative position bias; classification and segmentation"""
+    return variants(lab, ARCHITECTURES)
+
+
 def convergence(lab):
     """Convergence figure: accuracy while fine-tuning, pre-trained beside from scratch"""
     def accuracies(run):
@@ -267,7 +280,8 @@ def tune(lab):
 
 
 CLAIMS = {function.__name__.replace("_", "-"): function for function in (
-    pretraining, ablations, convergence, longer, segmentation, probe, attention, mask_ratio, tune)}
+    pretraining, ablations, architecture, convergence, longer, segmentation, probe, attention, mask_ratio,
+    tune)}
 
 
 # ---- Doing the runs ----
