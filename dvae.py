@@ -217,10 +217,10 @@ class Config(training.RunConfig):
                              f"not {self.image_size}")
 
 
-# base is DALL-E's appendix A; its ramps are 5,000, 150,000 and 1.2M of 3M steps. The others are ours; demo
-# and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes starts with all in use, a
-# slow encoder (encoder_lr) does not move features away from them, and the KL term pulls q towards the uniform
-# distribution. Measurements: docs/tokenizer.md.
+# base is DALL-E's appendix A, without its augmentation; its ramps are 5,000, 150,000 and 1.2M of 3M steps.
+# The others are ours; demo and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes
+# starts with all in use, a slow encoder (encoder_lr) does not move features away from them, and the KL term
+# pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
 OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, temperature_ramp=0.6,
             lr_ramp=1.0, init_codes=True)
 DEMO = dict(**OURS, lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)

@@ -37,22 +37,25 @@ class Scale(NamedTuple):
     """Images seen in training, each time that an image is seen counted."""
     tokenizer: int
     fashion: int        # in pre-training on Fashion-MNIST
-    shapes: int         # in pre-training and in fine-tuning on shapes
+    shapes: int         # in pre-training on shapes
+    segment: int        # in fine-tuning on shapes
     finetune: dict      # number of labels -> images seen
     convergence: int    # number of labels of that claim
-    seeds: int          # of fine-tuning: labels, order, augmentation; pre-training has one
+    seeds: int          # of fine-tuning: labels, order, augmentation
+    pretrainings: int   # seeds of pre-training in the ablations; elsewhere one
 
 
 SCALES = {
-    "quick": Scale(6_400, 16_000, 3_200, {100: 3_200, 1000: 6_400}, 1000, 2),
-    "full": Scale(12_800, 96_000, 12_800,
-                  {100: 6_400, 300: 9_600, 1000: 19_200, 5000: 25_600, 60_000: 38_400}, 5000, 3),
+    "quick": Scale(6_400, 16_000, 3_200, 9_600, {100: 3_200, 1000: 6_400}, 1000, 2, 1),
+    "full": Scale(12_800, 96_000, 12_800, 25_600,
+                  {100: 6_400, 300: 9_600, 1000: 19_200, 5000: 25_600, 60_000: 38_400}, 5000, 3, 2),
 }
 BATCH, DEPTH, EVALUATIONS = 32, 4, 6    # EVALUATIONS: of a run that `convergence` shows
 LABELS = 1000    # where a claim has one number of labels
 LAYERS = [f"layer {i + 1}" for i in range(DEPTH)]
 MODEL = f"--depth {DEPTH} --dim 96 --heads 4 --position absolute --layer-scale 0 --init-std 0.057"
 FASHION, SHAPES = "fashion-mnist", "shapes"
+SEGMENT = "--task segmentation --decoder-dim 64"
 SIZE = {FASHION: "--image-size 28 --patch-size 4", SHAPES: ""}    # shapes: that of the demo
 
 # Learning rates of fine-tuning: those that `tune` tries; those it chose at full scale, 2e-3 for all others
@@ -139,15 +142,15 @@ class Lab:
 
     def mean_iou(self, start):
         """Segmentation of shapes: the mean IoU of each seed, in per cent."""
-        flags = "--task segmentation --decoder-dim 64 --lr 3e-3"
-        runs = [self.finetuned(f"segment {seed}", start, SHAPES, self.scale.shapes, f"{flags} --seed {seed}")
+        flags = f"{SEGMENT} --lr {learning_rate(start, 'segment-scratch')}"
+        runs = [self.finetuned(f"segment {seed}", start, SHAPES, self.scale.segment, f"{flags} --seed {seed}")
                 for seed in self.seeds]
         return [100 * self.result(run, "mean_iou") for run in runs]
 
 
-def learning_rate(start):
-    """Of fine-tuning from this run, or from None: scratch."""
-    return LEARNING_RATES.get(start or "scratch", 2e-3)
+def learning_rate(start, scratch="scratch"):
+    """Of fine-tuning from this run; None: from scratch. Another seed of pre-training has the same."""
+    return LEARNING_RATES.get(start.removesuffix("-seed-1") if start else scratch, 2e-3)
 
 
 class Table(NamedTuple):
@@ -174,19 +177,21 @@ def pretraining(lab):
     return Table("top-1, %", columns, rows, "labelled images")
 
 
-def variants(lab, rows):
-    """A Table of pre-trainings. rows: label -> (flags, ImageNet top-1 and ADE20K mIoU in the paper)."""
+def variants(lab, rows, pretrainings=1):
+    """A Table of pre-trainings, with so many seeds of each. rows: label -> (flags, ImageNet top-1 and ADE20K
+    mIoU in the paper)."""
     cells = {}
     for label, (flags, imagenet, ade20k) in rows.items():
-        cells[label] = [lab.top1(lab.pretrained(flags)), imagenet,
-                        lab.mean_iou(lab.pretrained(flags, SHAPES)), ade20k]
+        seeds = [flags, *(f"{flags} --seed {seed}" for seed in range(1, pretrainings))]
+        cells[label] = [sum((lab.top1(lab.pretrained(flags)) for flags in seeds), []), imagenet,
+                        sum((lab.mean_iou(lab.pretrained(flags, SHAPES)) for flags in seeds), []), ade20k]
     columns = [f"top-1, {LABELS:,} labels", "paper: ImageNet", "mean IoU, shapes", "paper: ADE20K"]
     return Table("", columns, cells)
 
 
 def ablations(lab):
     """Table 4: blockwise masks, visual tokens, masking; classification and segmentation"""
-    return variants(lab, ABLATIONS)
+    return variants(lab, ABLATIONS, lab.scale.pretrainings)
 
 
 def architecture(lab):
@@ -222,7 +227,7 @@ def longer(lab):
 def segmentation(lab):
     """Table 3: segmentation of shapes from scratch, pre-trained, and after intermediate fine-tuning"""
     start = lab.pretrained(data=SHAPES)
-    middle = lab.finetuned("intermediate", start, SHAPES, lab.scale.shapes, "--lr 3e-3")
+    middle = lab.finetuned("intermediate", start, SHAPES, lab.scale.segment, "--lr 3e-3")
     rows = {"from scratch": [lab.mean_iou(None), "none (supervised on ImageNet: 45.3)"],
             "BEiT": [lab.mean_iou(start), "45.6"],
             "BEiT + intermediate fine-tuning": [lab.mean_iou(middle), "47.7"]}
@@ -254,7 +259,7 @@ def attention(lab):
         return [[number] for number in numbers.tolist()]
 
     rows = {"0": ratios(lab.untrained(SHAPES))}
-    for share in (0.125, 0.25, 0.5, 1):
+    for share in (0.25, 0.5, 1, 4):
         rows[f"{share * lab.scale.shapes:,.0f}"] = ratios(lab.pretrained(data=SHAPES, share=share))
     return Table("images seen", LAYERS, rows, "attention on the object / its share of the area")
 
@@ -269,14 +274,21 @@ def mask_ratio(lab):
 
 
 def tune(lab):
-    """Learning rates of fine-tuning: half the steps, compared on 5,000 other training images"""
-    images, rows = lab.scale.finetune[LABELS] // 2, {}
-    starts = {label: lab.pretrained(flags) for label, (flags, *_) in ABLATIONS.items()}
-    for label, start in {**starts, "from scratch": None}.items():
-        runs = [lab.finetuned(f"tune {lr}", start, FASHION, images, f"--labels {LABELS} --lr {lr} "
-                              "--crop-scale 0.8 --validate 5000 --seed 100") for lr in GRID]
+    """Learning rates of fine-tuning: half the steps, compared on training images that are kept apart"""
+    rows, half = {}, "--seed 100 --validate"
+    starts = {label: flags for label, (flags, *_) in ABLATIONS.items()} | {"from scratch": None}
+    for label, flags in starts.items():
+        start = None if flags is None else lab.pretrained(flags)
+        runs = [lab.finetuned(f"tune {lr}", start, FASHION, lab.scale.finetune[LABELS] // 2,
+                              f"--labels {LABELS} --lr {lr} --crop-scale 0.8 {half} 5000") for lr in GRID]
         rows[label] = [*([100 * lab.result(run, "top1")] for run in runs), f"{learning_rate(start):g}"]
-    return Table("top-1, %", [*map(str, GRID), "used"], rows, "learning rate")
+    for label, flags in starts.items():
+        start = None if flags is None else lab.pretrained(flags, SHAPES)
+        runs = [lab.finetuned(f"tune segment {lr}", start, SHAPES, lab.scale.segment // 2,
+                              f"{SEGMENT} --lr {lr} {half} 1000") for lr in GRID]
+        rows[f"segmentation, {label}"] = [*([100 * lab.result(run, "mean_iou")] for run in runs),
+                                          f"{learning_rate(start, 'segment-scratch'):g}"]
+    return Table("top-1 or mean IoU, %", [*map(str, GRID), "used"], rows, "learning rate")
 
 
 CLAIMS = {function.__name__.replace("_", "-"): function for function in (
@@ -381,8 +393,9 @@ def report(claim, args):
     lines += [[label, *map(in_words, cells)] for label, cells in table.rows.items()]
     seconds = sum(float(line) for run in lab.runs for line in open(args.out / run / "seconds.txt"))
     text = f"`python -m tools.reproduce {claim} --scale {args.scale}`: {CLAIMS[claim].__doc__}. "
-    if any("±" in word for line in lines for word in line):
-        text += f"Mean ± standard deviation of {args.seeds} seeds; "
+    most = max(len(cell) for cells in table.rows.values() for cell in cells if not isinstance(cell, str))
+    if most > 1:
+        text += f"Mean ± standard deviation of {most} runs; "
     text += f"{len(lab.runs)} runs, {seconds / 60:.0f} minutes of one core.\n\n"
     text += "".join("| " + " | ".join(line) + " |\n" for line in lines)
     path = Path("figures") / f"reproduce-{claim}{'-quick' if args.scale == 'quick' else ''}.md"
