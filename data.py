@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing, RandomResizedCrop, v2
@@ -117,6 +117,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 warnings.filterwarnings("ignore", module=r"PIL\.")    # two lines for each file with odd metadata
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # long comments do not cost the pixels
 
 
 class BadFile(Exception):
@@ -299,7 +300,7 @@ def segmentation_classes(root):
 def image_paths(folder, without=None):
     """The image files below a folder, sorted, each once. Links are followed, but not to a folder above.
 
-    Hidden files and folders, __MACOSX and the folder `without` are left out. UserError if no image is left.
+    Hidden files, folders of the system and the folder `without` are left out. UserError if no image is left.
     """
     top, found, linked = os.path.realpath(folder), {}, []              # found: real path -> path
     seen, to_walk = {os.path.realpath(without or folder)} - {top}, [str(folder)]
@@ -327,7 +328,7 @@ def image_paths(folder, without=None):
 
 def is_data(name):
     """Whether a file or folder of this name may belong to a data set: not ._a.png or .ipynb_checkpoints."""
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 
 
 def open_named(data, root, maps=False):

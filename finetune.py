@@ -47,8 +47,8 @@ class Config(training.RunConfig, vit.ViTConfig):
     mixup: Annotated[float, "alpha of mixup, 0 = none", (0, inf)] = 0.8
     cutmix: Annotated[float, "alpha of cutmix, 0 = none; with both, one at random", (0, inf)] = 1.0
     erasing: Annotated[float, "probability of erasing a rectangle", (0, 1)] = 0.25
-    repeats: Annotated[int, "so many differently augmented copies of each image in a batch; paper: 3 for "
-                            "base, released code: 1", (1, inf)] = 1
+    repeats: Annotated[int, "repeated augmentation: copies of each image in a batch; paper: 3 for base, "
+                            "released code: 1", (1, inf)] = 1
     eval_crop: Annotated[float, "side of the evaluated square over the shorter side", (1e-6, 1)] = 0.875
     scale: Annotated[tuple[float, float], "segmentation: shorter side over image size, before the crop",
                      (1e-6, inf)] = (0.5, 2.0)

@@ -267,7 +267,7 @@ def to_our_names(state, source):
 def read_config(folder, state, info):
     """config and classes for the info of Hugging Face's weights, from the config.json and
     preprocessor_config.json beside them, if any. ValueError if our models would compute something else."""
-    config, processor = (json.loads(file.read_text()) if file.is_file() else {}
+    config, processor = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
                          for file in (folder / "config.json", folder / "preprocessor_config.json"))
     fields = {f"pixel_{name}": tuple(processor[f"image_{name}"]) for name in ("mean", "std")
               if f"image_{name}" in processor}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import finished, start
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
@@ -306,7 +306,7 @@ def test_pictures_are_upright_whatever_their_format_and_tag(tmp_path, monkeypatc
     upright = np.asarray(picture())
     stored, exif = Image.fromarray(np.ascontiguousarray(STORED[turn](upright))), Image.Exif()
     exif[TURN] = int(turn) if turn != "garbage" else 1
-    garbage = b"Exif\0\0garbage" if suffix in (".png", ".webp") else exif
+    garbage = exif if suffix == ".tiff" else b"Exif\0\0garbage"
     options = {".jpg": dict(quality=100, subsampling=0), ".webp": dict(lossless=True)}.get(suffix, {})
     stored.save(tmp_path / f"a{suffix}", exif=garbage if turn == "garbage" else exif, **options)
     calls = []
@@ -322,6 +322,10 @@ def test_the_reason_is_given_and_errors_in_the_program_pass(tmp_path, monkeypatc
     Image.new("1", (14_000, 14_000)).save(tmp_path / "large.png")
     with pytest.raises(data.BadFile, match=r"large.png cannot be read \(.*exceeds limit of 178956970 pixels"):
         open_image(tmp_path / "large.png")
+    comments = PngImagePlugin.PngInfo()
+    comments.add_text("workflow", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "comments.png", pnginfo=comments)
+    assert open_image(tmp_path / "comments.png").size == (8, 8)
     monkeypatch.delattr(Image, "alpha_composite")    # as in a library that is too old
     Image.new("RGBA", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(AttributeError, match="alpha_composite"):
@@ -409,7 +413,7 @@ def linked(link, to):
 
 
 JUNK = ("._0000.jpg", ".ipynb_checkpoints/0000-checkpoint.jpg", "__MACOSX/._0000.jpg", "__MACOSX/0000.jpg",
-        "notes.txt", ".hidden/0000.jpg")
+        "notes.txt", ".hidden/0000.jpg", "@eaDir/0000.jpg")
 LINKS = {"to the folder itself": ("again", "."), "to the folder above": ("up", ".."), "to a file": (
     "b/copy.jpg", "0000.jpg"), "to a class": ("0", "a"), "from class to class": ("a/b", "../b"),
     "in a circle": ("a/deep/round", "..")}
