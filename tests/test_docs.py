@@ -1,13 +1,17 @@
 """README and docs: what they name exists."""
 import importlib
 import re
+import shlex
 from functools import reduce
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import training
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = "pretrain|dvae|finetune|visualize"
 MODULES = "masking|vit|dvae|pretrain|finetune|visualize|data|training|weights"
 
 
@@ -41,3 +45,31 @@ def test_figures_are_small_and_shown():
     for figure in Path(ROOT / "figures").glob("*.png"):
         assert figure.stat().st_size < 300_000, figure.name
         assert figure.name in shown or figure.with_suffix(".md").exists(), figure.name
+
+
+def commands(text):
+    """(script, flags) of each command of a training script or of visualize.py in a page."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"```\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in lines:
+        found = re.match(rf"(?:python|torchrun|…)(?: [^#]*?)? ?({SCRIPTS})\.py\b([^#]*)", line)
+        if found and line != "python visualize.py":                    # the head of a table
+            yield found[1], shlex.split(found[2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_taken(page):
+    """By the parsers; what needs no other data runs in CI."""
+    for script, flags in commands(page.read_text()):
+        module = importlib.import_module(script)
+        if script == "visualize":
+            module.parser().parse_args(flags)
+        else:
+            training.make_parser(module.Config, module.PRESETS).parse_args(flags)
+
+
+def test_commands_are_found():
+    found = [command for page in PAGES for command in commands(page.read_text())]
+    assert len(found) > 50 and {script for script, _ in found} == set(SCRIPTS.split("|"))
