@@ -437,7 +437,7 @@ def train(config, device):
     evaluate = partial(evaluate_maps if config.task == "segmentation" else evaluate_labels, views=val_views,
                        config=config, precision=precision, device=device)
     if config.eval:
-        return training.say(f"{len(val_views)} held-out images: {in_words(evaluate(model))}")
+        return training.say(f"{len(val_views)} held-out images: {training.in_words(evaluate(model))}")
     total, per_epoch = training.steps_and_epoch(config, len(views))
     run = training.Run(config, device, total)
     if run.finished:
@@ -446,7 +446,7 @@ def train(config, device):
                  f"{total} steps of {config.batch_size}, {total / per_epoch:.3g} epochs, peak lr "
                  f"{config.lr:g}; {training.world_size()} x {device}, {precision.dtype}")
     model, report = fit(model, run, views, evaluate, precision, device)
-    training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+    training.say(f"{len(val_views)} held-out images: {training.in_words(report)}")
     if "iou" in report:
         report["iou"] = dict(zip(classes, report["iou"]))
     run.finish(model, {"vit": dataclasses.asdict(config.backbone), "classes": classes}, **report)
@@ -493,19 +493,9 @@ def fit(model, run, views, evaluate, precision, device):
             parts["ema"].update_parameters(model)
         report = evaluate(kept) if (step + 1) % config.eval_every == 0 or step + 1 == total else {}
         run.log(step + 1, loss=loss, lr=lr, grad_norm=grad_norm,
-                **{f"val_{name}": value for name, value in numbers(report).items()})
+                **{f"val_{name}": value for name, value in training.numbers(report).items()})
         run.save_or_stop(step + 1, **parts)
     return kept, report or evaluate(kept)                              # it was killed after its last step
-
-
-def numbers(report):
-    """The entries of an evaluation that are single numbers."""
-    return {name: value for name, value in report.items() if isinstance(value, (int, float))}
-
-
-def in_words(report):
-    """An evaluation on one line."""
-    return training.in_words(numbers(report))
 
 
 @torch.no_grad()
@@ -554,7 +544,7 @@ def knn(config, device, views, val_views, num_classes, precision):
             features[:, layer, kind].to(device), labels.to(device), test_features[:, layer, kind].to(device),
             test_labels.to(device), num_classes, config.neighbours)
     report = by_layer(accuracy)
-    training.say(f"{len(val_views)} held-out images: {in_words(report)}")
+    training.say(f"{len(val_views)} held-out images: {training.in_words(report)}")
     if training.rank() == 0:
         training.write_json(run.folder / "result.json", report)
         training.draw_or_warn(draw, model, val_views, (), report, config, precision, device)

@@ -571,6 +571,11 @@ class Run:
             dist.barrier()                                             # the others may read model.pt next
 
 
-def in_words(values):
-    """A dict of numbers on one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def numbers(report):
+    """The entries of a report that are single numbers."""
+    return {name: value for name, value in report.items() if isinstance(value, (int, float))}
+
+
+def in_words(report):
+    """The numbers of a report on one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers(report).items())

@@ -106,7 +106,7 @@ def test_the_learning_rate_follows_the_papers_schedule(finished, task, schedule)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_its_picture_and_is_finished(finished, task):
     out, flags, said = finished(task)
-    assert (out / TASKS[task][1]).stat().st_size > 1000 and finetune.in_words(result(out)) in said
+    assert (out / TASKS[task][1]).stat().st_size > 1000 and training.in_words(result(out)) in said
     assert "is finished" in run(out, *flags)
 
 
@@ -137,7 +137,7 @@ def test_the_kept_model_is_what_was_evaluated(finished, tmp_path, task):
     torch.save(found, first_edition)
     for flags in ([], ["--init", first_edition]):
         said = run(out, "--eval", "--task", task, *flags)
-        assert finetune.in_words(result(out)) in said and ("mask_token" in said) == bool(flags)
+        assert training.in_words(result(out)) in said and ("mask_token" in said) == bool(flags)
     model, info = weights.build(first_edition)    # as visualize.py opens it
     assert info["task"] == task and "mask_token" not in model.state_dict()
 
