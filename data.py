@@ -231,11 +231,13 @@ class ClassFolders(Images):
     def __init__(self, folder, classes=None):
         paths, start = image_paths(folder), len(os.path.join(folder, ""))
         super().__init__([path for path in paths if os.sep in path[start:]])
+        if not len(self):
+            raise UserError(f"--data: {folder} has no folders of images, one for each class")
         names = [printable(path[start:].split(os.sep)[0]) for path in self.paths.tolist()]
         folders = {printable(entry.name) for entry in os.scandir(folder)
                    if entry.is_dir() and not entry.is_symlink() and is_data(entry.name)}
         for name in sorted(folders - set(names)):
-            raise UserError(f"--data: no images under {folder}/{name} ({' '.join(SUFFIXES)})")
+            raise UserError(f"--data: no images of its own under {folder}/{name} ({' '.join(SUFFIXES)})")
         self.classes = classes or sorted(set(names))
         for name in sorted(set(names) - set(self.classes)):
             raise UserError(f"--data: {folder} has class {name}, the training images have not")
@@ -523,23 +525,26 @@ def erase(image, label):
 
 def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
     """Image and class map together. Training: the shorter side at scale[0] to scale[1] times size, a random
-    crop of size x size padded with IGNORE, flip, and half of the images with other colours. Else unchanged.
+    crop of size x size padded with IGNORE, flip, other colours. Else unchanged.
 
-    jitter: share by which contrast and saturation vary; brightness varies by a quarter of it, hue by a tenth.
+    jitter: share by which contrast and saturation vary, brightness by a quarter of it, hue by a fifth, each
+    of them in half of the images.
     """
     if not train:
         return v2.PILToTensor()
     sides = [round(size * side) for side in np.linspace(*scale, num=33)]
-    distortion = v2.ColorJitter(jitter / 4, jitter, jitter, jitter / 10)    # v2's own also swaps red and blue
+    amounts = dict(brightness=jitter / 4, contrast=jitter, saturation=jitter, hue=jitter / 5)
+    distortions = [v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5)
+                   for name, amount in amounts.items()]                # v2's own also swaps red and blue
     return v2.Compose([
         v2.RandomShortestSize(sides, interpolation=InterpolationMode.BICUBIC), partial(varied_crop, size),
-        v2.RandomHorizontalFlip(), v2.RandomApply([distortion], p=0.5), v2.PILToTensor()])
+        v2.RandomHorizontalFlip(), *distortions, v2.PILToTensor()])
 
 
 def varied_crop(size, image, classes):
-    """A random crop of size x size, padded with IGNORE; if one class covers more than 75 % of what is counted
-    in it, it is drawn again, up to ten times, as usual on ADE20K."""
-    crop = v2.RandomCrop(size, pad_if_needed=True, fill={Image.Image: FILL_COLOUR, tv_tensors.Mask: IGNORE})
+    """A random crop of size x size, padded with IGNORE. Where one class covers more than 75 % of what is
+    counted in it, another is drawn, of ten at most, as usual on ADE20K."""
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: IGNORE, "others": FILL_COLOUR})
     for _ in range(10):
         cropped = crop(image, classes)
         counts = torch.bincount(cropped[1].flatten(), minlength=256)[:IGNORE]
@@ -554,8 +559,8 @@ def rank_batches(images, batch_size, *, seed, start, stop, parts=1, rank=0, worl
     """Lists of (epoch, index) of one process for steps start to stop - 1, a list for each accumulated part.
 
     The images of a step are a function of (seed, step), and are dealt to parts and processes in order.
-    repeats: so many times each image is in its batch, with the draws of different epochs (Table 13: repeated
-    augmentation). An epoch has as many steps as without, and fewer images.
+    repeats: up to so many times each image is in its batch, with the draws of different epochs (Table 13:
+    repeated augmentation). An epoch has as many steps as without, and fewer images.
     """
     different = math.ceil(batch_size / repeats)                        # images in a batch
     for step in range(start, stop):
@@ -579,15 +584,15 @@ def train_loader(dataset, config, device, start, stop, collate=default_collate, 
 
 
 def check_limits(loader, size, tensors):
-    """UserError if prefetched batches of so many bytes and tensors take more than this machine gives."""
-    batches, shared, free = loader.num_workers * loader.prefetch_factor, Path("/dev/shm"), math.inf
+    """UserError if prefetched batches of so many bytes and tensors take more than this machine has."""
+    batches, shared, room = 2 * loader.num_workers * loader.prefetch_factor, Path("/dev/shm"), math.inf
     if shared.is_dir():
-        free = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        room = shutil.disk_usage(shared).total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if batches * size > free or 0 < files < batches * tensors + 100:   # a tensor is an open file
-        raise UserError(f"--workers: {loader.num_workers} loader processes keep {batches} batches of "
-                        f"{size / 1e6:,.1f} MB and {tensors} open files; for them {shared} has "
-                        f"{free / 1e6:,.1f} MB free, and `ulimit -n` allows {files} files; take fewer, or 0")
+    if batches * size > room or 0 < files < batches * tensors + 100:   # a tensor is an open file
+        raise UserError(f"--workers: {loader.num_workers} loader processes, and as many in evaluation, keep "
+                        f"{batches} batches of {size / 1e6:,.1f} MB and {tensors} open files; {shared} has "
+                        f"{room / 1e6:,.1f} MB for them, `ulimit -n` allows {files}; take fewer, or 0")
 
 
 def val_loader(dataset, config, device, collate=default_collate, images=None, batch_size=None):

@@ -142,10 +142,11 @@ def tokenizer_config(config, images, steps):
     return dataclasses.replace(tokenizer, steps=config.tokenizer_steps or most)
 
 
-def check_tokens(tokenizer, images):
-    """UserError if all patches of these images (uint8) have the same token: nothing could be learned."""
-    tokens = tokenizer.tokenize(data.to_float(images.to(next(tokenizer.parameters()).device)))
-    if tokens.unique().numel() == 1:
+def check_tokens(tokenizer, config, held_out):
+    """UserError if all patches of eight held-out images have the same token: nothing could be learned."""
+    _, views = open_views(config, held_out, held_out, tokenizer)
+    images = data.some_samples(views, 8)[1]
+    if tokenizer.tokenize(data.to_float(images)).unique().numel() == 1:
         raise training.UserError(f"--tokenizer: all patches of {len(images)} held-out images have the same "
                                  "token; one that tells them apart is needed, or --target pixels")
 
@@ -203,12 +204,15 @@ def train(config, device):
     source, held_out = data.open_splits(config.data, config.data_root)
     total, per_epoch = training.steps_and_epoch(config, len(source))
     tokenizer = weights.load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if tokenizer:
+        training.on_first_process(partial(check_tokens, tokenizer, config, held_out))
     to_train = tokenizer_config(config, len(source), total)
     run = training.Run(config, device, total)
     if run.finished:
         return training.say(f"{run.folder} is finished; --fresh starts over")
     if not tokenizer and config.target == "tokens":
         tokenizer = weights.load_tokenizer(dvae.train(to_train, device))
+        training.on_first_process(partial(check_tokens, tokenizer, config, held_out))
     model = build_model(config, tokenizer, device)
     optimizer = torch.optim.AdamW(training.parameter_groups(model, config.weight_decay), fused=True)
     precision = training.Precision(config.precision, device)
@@ -217,8 +221,6 @@ def train(config, device):
     network = training.distribute(torch.compile(model) if config.compile else model, device)
     views, val_views = open_views(config, source, held_out, tokenizer)
     gather = partial(collate, predict=config.predict)
-    if tokenizer:
-        check_tokens(tokenizer, data.some_samples(val_views, 12, gather)[1])
     batches = iter(data.train_loader(views, config, device, run.start, total, gather))
     held_out_batches = partial(data.val_loader, val_views, config, device, gather, images=512)
     training.say(f"{config.num_masked} of {math.prod(config.grid)} patches masked; {total} steps of "

@@ -163,14 +163,16 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_environment():
-    """UserError unless all of torchrun's variables are numbers, or none of them is set."""
+def wrong_environment():
+    """What is wrong with torchrun's variables: they must be numbers, and RANK and WORLD_SIZE set, or none."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
     values = [os.environ.get(name) for name in names]
-    if any(value is not None for value in values) and not all((value or "").isdecimal() for value in values):
-        given = (f"no {name}" if value is None else f"{name}={value}" for name, value in zip(names, values))
-        raise UserError(f"the environment has {', '.join(given)}; torchrun sets all three to numbers: start "
-                        "with it, or unset them")
+    numbers = [(value or "").isdecimal() for value in values]
+    if values == [None] * 3 or all(numbers) or numbers[:2] == [True, True] and values[2] is None:
+        return None
+    given = (f"no {name}" if value is None else f"{name}={value}" for name, value in zip(names, values))
+    return (f"the environment has {', '.join(given)}; torchrun sets all three to numbers: start with it, or "
+            "unset them")
 
 
 def say(text):
@@ -195,12 +197,14 @@ def one_line_errors():
     """One line on stderr and exit status 2 for a UserError, 1 for an OSError or FloatingPointError."""
     with suppress(AttributeError):    # names of files may not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    wrong = wrong_environment()
     try:
-        check_environment()
+        if wrong:
+            raise UserError(wrong)
         yield
     except (UserError, OSError, FloatingPointError) as error:
         wrong_use = isinstance(error, UserError)                       # then all ranks say the same
-        if not wrong_use or "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        if wrong or not wrong_use or os.environ.get("LOCAL_RANK", "0") == "0":
             text = str(error).strip() or type(error).__name__
             line = text.splitlines()[-1].removeprefix("OSError: ")     # a loader's error is a whole traceback
             print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)

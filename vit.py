@@ -343,7 +343,7 @@ class MaskedImageModel(VisionTransformer):
 class ImageClassifier(VisionTransformer):
     """Classifies the average of the patches, not [S]: softmax(W_c mean_i h_i + b_c) (sec. 2.6).
 
-    As released, fc_norm of the average takes the place of norm of the tokens.
+    As released, the average is normalised, by fc_norm, and not the tokens.
     """
 
     def __init__(self, config, num_classes):
@@ -427,6 +427,7 @@ def offset_weights(old, new):
 
     As released, old offsets 0, 1, 2, 3 ... are placed at 0, 1, 1 + q, 1 + q + q^2 ..., the last one at the
     last new offset, so that near ones keep their bias. A cubic spline interpolates between them (not-a-knot).
+    q is from 1.01 to 1.5: a smaller grid loses far offsets, a much larger one repeats the last.
     """
     if old == new:
         return torch.eye(2 * new - 1).double()

@@ -337,9 +337,9 @@ def initialise(model, path, classes=None, flag="--init"):
     """Fill a model from a checkpoint, and say in three lines what was taken, converted, new and left behind.
 
     Positions are resized to the model's grid, and a table shared by all blocks is copied into each block. As
-    released, fc_norm does not take the place of norm: it is new, and norm is left behind. A head is taken if
-    task, size and, where the file names them, classes are the same; its rows are put into the order of
-    `classes`. Any other difference is a UserError.
+    released, fc_norm is not filled from norm: it is new, and norm is left behind. A head is taken if task,
+    size and, where the file names them, classes are the same; its rows are put into the order of `classes`.
+    Any other difference is a UserError.
     Returns the names of the parameters that are new.
     """
     try:

@@ -449,11 +449,11 @@ def test_held_out_images_stay_out_of_training_through_links(tmp_path):
 
 
 @pytest.mark.parametrize("megabytes, tensors, processes, wrong", [
-    (2, 4, 1, None), (2.1, 4, 1, "2.1 MB .* 64.0 MB"), (2, 4, 2, "32.0 MB free"), (2, 5, 1, "228 files")])
+    (1, 4, 1, None), (1.1, 4, 1, "1.1 MB .* 64.0 MB"), (1, 4, 2, "32.0 MB"), (1, 5, 1, "allows 356")])
 def test_loaders_that_need_more_than_the_machine_gives(monkeypatch, megabytes, tensors, processes, wrong):
     loader = SimpleNamespace(num_workers=8, prefetch_factor=4)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 10 ** 6))
-    monkeypatch.setattr(data.resource, "getrlimit", lambda which: (228, 228))
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 * 10 ** 6))
+    monkeypatch.setattr(data.resource, "getrlimit", lambda which: (356, 356))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     with pytest.raises(UserError, match=f"^--workers: 8 .* {wrong}") if wrong else nullcontext():
         data.check_limits(loader, megabytes * 10 ** 6, tensors)
@@ -493,7 +493,14 @@ def test_folders_that_are_refused(tmp_path):
     for name in ("train/a", "train/b", "train/c", "val/a"):
         fill(tmp_path / name, 1)
     (tmp_path / "train" / "c" / "0000.jpg").rename(tmp_path / "train" / "c" / "notes.txt")
-    refused("no images under .*/train/c ")
+    refused("no images of its own under .*/train/c ")
+    (tmp_path / "train" / "c" / "0000.jpg").symlink_to("../b/0000.jpg")
+    refused("no images of its own under .*/train/c ")
+    (tmp_path / "train" / "c" / "0000.jpg").unlink()
+    (tmp_path / "train" / "c" / "notes.txt").rename(tmp_path / "train" / "c" / "0000.jpg")
+    (tmp_path / "val" / "a" / "0000.jpg").rename(tmp_path / "val" / "0000.jpg")
+    (tmp_path / "val" / "a").rmdir()
+    refused(".*/val has no folders of images, one for each class")
     (tmp_path / "val").rename(tmp_path / "held-out")
     refused(r".* needs train/ and val/ \(or validation/\)")
     (tmp_path / "held-out").rename(tmp_path / "val")

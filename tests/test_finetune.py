@@ -495,7 +495,7 @@ def ade20k(folder, training, validation):
 
 
 @pytest.mark.parametrize("training, validation, wrong", [
-    ([0, 0, 0], [1], "0 of the classes occur in the training"), ([5, 0, 5], [1], "1 of the .* training"),
+    ([0, 0, 0], [1], "0 of the classes occur in the training"), ([5, 0, 5], [1], "1 of .* training maps"),
     ([255, 255], [1], "0 of the .* training"), ([1, 2], [0, 255], "0 of the .* in the held-out"),
     ([0, 1, 2], [0, 2], None)])
 def test_maps_with_nothing_to_learn_are_refused(pretrained, tmp_path, training, validation, wrong):
@@ -512,7 +512,7 @@ def test_one_class_that_is_left_over_is_refused(monkeypatch, tmp_path, pretraine
     monkeypatch.setattr(data, "open_labelled", lambda *args, **options: (labels, labels))
     _, held_out = finetune.split_off(labels, 39)
     assert 39 in held_out.indices
-    with pytest.raises(UserError, match="^--data: 1 of the classes occur in the training"):
+    with pytest.raises(UserError, match="^--data: 1 of the classes occur in the training labels"):
         finetune.open_views(configured(tmp_path, "--init", pretrained, "--data", "cifar10", "--validate", 39))
 
 

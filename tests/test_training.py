@@ -143,8 +143,10 @@ def test_errors_are_one_line_and_a_status(error, status, line, capsys, monkeypat
     ("RANK=1", "RANK=1, no WORLD_SIZE, no LOCAL_RANK"),
     ("WORLD_SIZE=", "no RANK, WORLD_SIZE=, no LOCAL_RANK"),
     ("LOCAL_RANK=3", "no RANK, no WORLD_SIZE, LOCAL_RANK=3"),
+    ("RANK=0 LOCAL_RANK=2", "RANK=0, no WORLD_SIZE, LOCAL_RANK=2"),
     ("RANK=0 WORLD_SIZE=two LOCAL_RANK=0", "RANK=0, WORLD_SIZE=two, LOCAL_RANK=0")])
 def test_half_of_torchruns_variables(given, line, capsys, monkeypatch):
+    """It is said by each process; one a machine, without LOCAL_RANK, is no mistake."""
     for name, _, value in (setting.partition("=") for setting in given.split()):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end, training.one_line_errors():
@@ -152,6 +154,10 @@ def test_half_of_torchruns_variables(given, line, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert end.value.code == 2 and f"error: the environment has {line}; torchrun sets all" in err
     assert err.count("\n") == 1
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert training.wrong_environment() is None
 
 
 def test_torchruns_variables_without_an_address(monkeypatch):
