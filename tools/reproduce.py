@@ -241,7 +241,7 @@ def probe(lab):
               "random weights": lab.untrained()}
     for task, title, images in (("probe", "linear probe", 50_000), ("knn", "k-NN", 0)):
         for label, model in models.items():
-            flags = f"--task {task} --init {{out}}/{model}/model.pt --labels 5000 --lr 4e-3"
+            flags = f"--task {task} --init {{out}}/{model}/model.pt --labels 5000 --lr 1e-2 --crop-scale 1"
             run = lab.run("finetune.py", f"{task} {model}", FASHION, images, flags, batch=64)
             accuracies = lab.result(run, "top1_by_layer", "patches", missing=[math.nan] * DEPTH)
             rows[f"{title}, {label}"] = [[100 * accuracy] for accuracy in accuracies]
