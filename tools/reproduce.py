@@ -245,7 +245,7 @@ def probe(lab):
             run = lab.run("finetune.py", f"{task} {model}", FASHION, images, flags, batch=64)
             accuracies = lab.result(run, "top1_by_layer", "patches", missing=[math.nan] * DEPTH)
             rows[f"{title}, {label}"] = [[100 * accuracy] for accuracy in accuracies]
-    return Table("top-1, %", LAYERS, rows, "5,000 labels")
+    return Table("top-1, %", LAYERS, rows, "linear probe and neighbours of 5,000 labels")
 
 
 def attention(lab):
@@ -368,13 +368,13 @@ def plot(table):
     numbers = np.array([[mean_and_deviation(cells[i]) for i in shown] for cells in rows])
     means, errors = numbers[..., 0], numbers[..., 1]                   # (rows, columns)
     panels = 1 if table.xlabel else len(shown)
-    figure = Figure(figsize=(3 + 3.6 * panels, 4.2), layout="constrained")
+    figure = Figure(figsize=(3 + 3.6 * panels, 4.6), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     if table.xlabel:
         for label, mean, error, marker in zip(labels, means, errors, "os^Dvx*"):
             axes[0].errorbar(heads, mean, error, fmt=f"{marker}-", capsize=3, label=label)
         axes[0].set(xlabel=table.xlabel, ylabel=table.corner)
-        axes[0].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     else:
         for axis, head, mean, error in zip(axes, heads, means.T, errors.T):
             axis.errorbar(mean, labels, xerr=error, fmt="o", capsize=3)
