@@ -239,15 +239,13 @@ def join_processes(config):
 
 
 def on_first_process(function):
-    """Call function() on rank 0; all processes return its result, or raise its error as a UserError."""
+    """Call function() on rank 0; all processes return its result, or raise its UserError or OSError."""
     result_and_error = [None, None]
     if rank() == 0:
         try:
             result_and_error[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             result_and_error[1] = error
-        except OSError as error:
-            result_and_error[1] = UserError(f"--out: {error}")
     if dist.is_initialized():
         dist.broadcast_object_list(result_and_error, src=0)
     result, error = result_and_error
@@ -423,7 +421,10 @@ class Run:
         self.start = 0            # first step to do
         self._received = 0        # signal that this process received during a step
         self.stop_signal = 0      # signal that all processes know about
-        self.finished = on_first_process(self._open)
+        try:
+            self.finished = on_first_process(self._open)
+        except OSError as error:
+            raise UserError(f"--out: {error}") from None
         seen = torch.tensor(float((self.folder / "config.json").exists()), device=device)
         if all_sum(seen) < world_size():    # every process must see the file that rank 0 wrote
             raise UserError(f"--out: not all machines see {self.folder}; name a folder that they share")

@@ -252,3 +252,6 @@ def test_a_tokenizer_with_one_token_is_refused(tokenizer, tmp_path):
     with pytest.raises(training.UserError, match="^--tokenizer: all patches of 8 held-out images"):
         train(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with mock.patch.object(data.Shapes, "__getitem__", side_effect=data.BadFile("a.png cannot be read")):
+        with pytest.raises(OSError, match="^--data: a.png cannot be read"):    # nor is it --out's fault
+            train(path, tmp_path / "out")

@@ -275,17 +275,17 @@ def mask_ratio(lab):
 
 def tune(lab):
     """Learning rates of fine-tuning: half the steps, compared on training images that are kept apart"""
-    rows, half = {}, "--seed 100 --validate"
+    rows, apart = {}, "--seed 100 --validate"
     starts = {label: flags for label, (flags, *_) in ABLATIONS.items()} | {"from scratch": None}
     for label, flags in starts.items():
         start = None if flags is None else lab.pretrained(flags)
         runs = [lab.finetuned(f"tune {lr}", start, FASHION, lab.scale.finetune[LABELS] // 2,
-                              f"--labels {LABELS} --lr {lr} --crop-scale 0.8 {half} 5000") for lr in GRID]
+                              f"--labels {LABELS} --lr {lr} --crop-scale 0.8 {apart} 5000") for lr in GRID]
         rows[label] = [*([100 * lab.result(run, "top1")] for run in runs), f"{learning_rate(start):g}"]
     for label, flags in starts.items():
         start = None if flags is None else lab.pretrained(flags, SHAPES)
         runs = [lab.finetuned(f"tune segment {lr}", start, SHAPES, lab.scale.segment // 2,
-                              f"{SEGMENT} --lr {lr} {half} 1000") for lr in GRID]
+                              f"{SEGMENT} --lr {lr} {apart} 1000") for lr in GRID]
         rows[f"segmentation, {label}"] = [*([100 * lab.result(run, "mean_iou")] for run in runs),
                                           f"{learning_rate(start, 'segment-scratch'):g}"]
     return Table("top-1 or mean IoU, %", [*map(str, GRID), "used"], rows, "learning rate")
