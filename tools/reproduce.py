@@ -258,10 +258,10 @@ def attention(lab):
         numbers = visualize.object_attention(visualize.every_attention_map(model, images), cover)
         return [[number] for number in numbers.tolist()]
 
-    rows = {"0": ratios(lab.untrained(SHAPES))}
+    rows = {"random weights": ratios(lab.untrained(SHAPES))}
     for share in (0.25, 0.5, 1, 4):
-        rows[f"{share * lab.scale.shapes:,.0f}"] = ratios(lab.pretrained(data=SHAPES, share=share))
-    return Table("images seen", LAYERS, rows, "attention on the object / its share of the area")
+        rows[f"{share * lab.scale.shapes:,.0f} images seen"] = ratios(lab.pretrained(data=SHAPES, share=share))
+    return Table("attention on the object / its share", LAYERS, rows, "block of the transformer")
 
 
 def mask_ratio(lab):
