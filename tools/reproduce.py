@@ -260,7 +260,8 @@ def attention(lab):
 
     rows = {"random weights": ratios(lab.untrained(SHAPES))}
     for share in (0.25, 0.5, 1, 4):
-        rows[f"{share * lab.scale.shapes:,.0f} images seen"] = ratios(lab.pretrained(data=SHAPES, share=share))
+        model = lab.pretrained(data=SHAPES, share=share)
+        rows[f"{share * lab.scale.shapes:,.0f} images seen"] = ratios(model)
     return Table("attention on the object / its share", LAYERS, rows, "block of the transformer")
 
 
