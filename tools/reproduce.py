@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import reduce
+from itertools import cycle
 from operator import getitem
 from pathlib import Path
 from typing import NamedTuple
@@ -369,14 +370,15 @@ def plot(table):
     numbers = np.array([[mean_and_deviation(cells[i]) for i in shown] for cells in rows])
     means, errors = numbers[..., 0], numbers[..., 1]                   # (rows, columns)
     panels = 1 if table.xlabel else len(shown)
-    figure = Figure(figsize=(3 + 3.6 * panels, 4.6), layout="constrained")
+    height = 3.6 + 0.24 * len(rows) if table.xlabel else 4.6               # room for the legend
+    figure = Figure(figsize=(3 + 3.6 * panels, height), layout="constrained")
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     if table.xlabel:
-        for label, mean, error, marker in zip(labels, means, errors, "os^Dvx*"):
+        for label, mean, error, marker in zip(labels, means, errors, cycle("os^Dvx*")):
             axes[0].errorbar(heads, mean, error, fmt=f"{marker}-", capsize=3, label=label)
         axes[0].set(xlabel=table.xlabel, ylabel=table.corner)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", frameon=False)
     else:
         for axis, head, mean, error in zip(axes, heads, means.T, errors.T):
             axis.errorbar(mean, labels, xerr=error, fmt="o", capsize=3)
