@@ -47,6 +47,14 @@ def test_figures_are_small_and_shown():
         assert figure.name in shown or figure.with_suffix(".md").exists(), figure.name
 
 
+def test_tables_of_claims_are_shown_as_they_were_written():
+    results = (ROOT / "docs/results.md").read_text()
+    for file in Path(ROOT / "figures").glob("reproduce-*.md"):
+        command, table = file.read_text().split("\n\n")
+        assert command.startswith("`python -m tools.reproduce"), file.name
+        assert command in results and table in results or f"../figures/{file.name})" in results, file.name
+
+
 def commands(text):
     """(script, flags) of each command of a training script or of visualize.py in a page."""
     text = text.replace("\\\n", " ")
