@@ -64,6 +64,7 @@ def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch):
     assert "| 96,000 | 3.21 | 75.0 ± 7.1 | 82.86 (300 epochs) |" in text["longer"]
     assert "| linear probe, random weights | 10.0 | 20.0 | 30.0 | 70.0 |" in text["probe"]
     assert "| from scratch | 70.0 | 70.0 | 70.0 | 70.0 | 0.001 |" in text["tune"]
+    assert len(reproduce.plot(reproduce.Lab("tune", args).table).legends[0].get_texts()) == 14    # each row
     assert re.search(r"\| 12,800 images seen \| [01]\.\d\d \|", text["attention"])    # near 1: random
 
 

@@ -378,8 +378,7 @@ def plot(table):
         for label, mean, error, marker in zip(labels, means, errors, cycle("os^Dvx*")):
             axes[0].errorbar(heads, mean, error, fmt=f"{marker}-", capsize=3, label=label)
         axes[0].set(xlabel=table.xlabel, ylabel=table.corner)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", frameon=False)
+        figure.legend(loc="outside lower center", frameon=False)
     else:
         for axis, head, mean, error in zip(axes, heads, means.T, errors.T):
             axis.errorbar(mean, labels, xerr=error, fmt="o", capsize=3)
