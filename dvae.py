@@ -132,7 +132,7 @@ class DiscreteVAE(nn.Module):
         kl = math.log(self.vocab_size) + (log_q.exp() * log_q).sum(dim=-1)    # KL(q || uniform) = ln V - H(q)
         return DVAEOutput(nll.mean(), kl.mean(), reconstruction)
 
-    def features(self, images):
+    def forward_features(self, images):
         """The input of the encoder's last convolution, (B, width, h, w). ValueError for a wrong size."""
         H, W = images.shape[-2:]
         if H % self.downsample or W % self.downsample:
@@ -141,18 +141,23 @@ class DiscreteVAE(nn.Module):
 
     def encode(self, images):
         """Logits of q(z | x): (B, V, h, w)."""
-        return self.encoder.blocks.output.conv(self.features(images))
+        return self.encoder.blocks.output.conv(self.forward_features(images))
 
     @torch.no_grad()
-    def tokenize(self, images):
+    def tokenize(self, images, places=None):
         """The tokens z = argmax q(z | x), without noise (sec. 2.4): (B, h, w) int64.
 
-        The last convolution and the argmax are in true fp32, as the best two logits are often nearly equal.
+        places: int64 (M,), flat indices into (B, h, w); then only the tokens there are computed, (M,). The
+        last convolution and the argmax are in true fp32, as the best two logits are often nearly equal.
         """
-        features = self.features(images)
+        features = self.forward_features(images)                       # (B, width, h, w)
+        if places is not None:
+            chosen = features.permute(0, 2, 3, 1).flatten(0, 2)[places]    # (M, width)
+            features = chosen.t()[None, :, None]                       # like an image of 1 x M
         true_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), true_fp32:
-            return self.encoder.blocks.output.conv(features.float()).argmax(dim=1)
+            tokens = self.encoder.blocks.output.conv(features.float()).argmax(dim=1)
+        return tokens if places is None else tokens.flatten()
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -175,7 +180,7 @@ class DiscreteVAE(nn.Module):
         -s |f - f_k|^2 = 2s f_k f - s |f_k|^2 + const.: a convolution with weight 2s f_k and bias -s |f_k|^2.
         At the mean distance the logit is -sharpness ln V. The codebook becomes a random projection of f_k.
         """
-        features = self.features(images).permute(0, 2, 3, 1).flatten(0, 2)           # (B h w, width)
+        features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)           # (B h w, width)
         features = features.unique(dim=0)                              # equal patches share a code
         mean, std = features.mean(0), features.std() + 1e-6
         chosen = torch.randperm(len(features))[torch.arange(self.vocab_size) % len(features)]

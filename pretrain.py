@@ -81,6 +81,13 @@ PRESETS = {
 }
 
 
+def targets_of(images, token_images, places, model, tokenizer):
+    """What is to be predicted at M places: tokens z_i, int64 (M,), or pixels, float (M, C P P)."""
+    if tokenizer:
+        return tokenizer.tokenize(token_images, places)
+    return model.patch_pixels(images).flatten(0, 2)[places]
+
+
 def loss_and_accuracy(outputs, targets):
     """Returns the loss and the accuracy, means over the M predicted patches.
 
@@ -165,9 +172,8 @@ def evaluate(model, batches, tokenizer, precision, device):
     for batch in batches:
         images, token_images, mask, places = to_device(batch, device)
         with precision.autocast():
-            targets = tokenizer.tokenize(token_images) if tokenizer else model.patch_pixels(images)
+            targets = targets_of(images, token_images, places, model, tokenizer)
             logits = model(images, mask, places)
-        targets = targets.flatten(0, 2)[places]
         loss, accuracy = loss_and_accuracy(logits, targets)
         if tokenizer:
             counts += torch.bincount(targets, minlength=len(counts))
@@ -189,7 +195,7 @@ def build_model(config, tokenizer, device):
     if tokenizer:
         tokenizer.to(device, memory_format=torch.channels_last)
         if config.compile:
-            tokenizer.features = torch.compile(tokenizer.features)
+            tokenizer.forward_features = torch.compile(tokenizer.forward_features)
     torch.manual_seed(config.seed)
     model = vit.MaskedImageModel(config.backbone, outputs).to(device)
     model.checkpoint_blocks = config.checkpoint_blocks
@@ -237,9 +243,9 @@ def train(config, device):
             images, token_images, mask, places = to_device(next(batches), device)
             with training.accumulating(network, part, config.accumulate):
                 with precision.autocast():
-                    targets = tokenizer.tokenize(token_images) if tokenizer else model.patch_pixels(images)
+                    targets = targets_of(images, token_images, places, model, tokenizer)
                     logits = network(images, mask, places)             # of p(z' | x^M), (M, V)
-                loss, accuracy = loss_and_accuracy(logits, targets.flatten(0, 2)[places])      # Eq. 1
+                loss, accuracy = loss_and_accuracy(logits, targets)         # Eq. 1
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, accuracy]).detach()
         loss, accuracy = run.all_reduce(step + 1, sums / config.accumulate)

@@ -299,7 +299,8 @@ class VisionTransformer(nn.Module):
         return [self.bias_from(self.rel_pos_bias.relative_position_bias_table)] * len(self.blocks)
 
     def bias_from(self, table):
-        return table[self.relative_position_index].permute(2, 0, 1)[None]    # (1, heads, 1+N, 1+N)
+        bias = table[self.relative_position_index].permute(2, 0, 1)[None]    # (1, heads, 1+N, 1+N)
+        return bias.contiguous()                                   # as fused attention takes it
 
     def patch_pixels(self, images):
         """Normalised pixels, to regress in place of tokens (Table 4): (B, C, H, W) -> (B, h, w, C P P)."""

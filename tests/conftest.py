@@ -66,7 +66,8 @@ def few_scenes():
 
 # ---- Small runs of the scripts, as processes ----
 
-BRIEF = "--batch-size 12 --precision fp32 --save-every 3 --log-every 1".split()    # ten steps an epoch
+# On the CPU, even beside a GPU, which test_device.py takes; ten steps an epoch.
+BRIEF = "--device cpu --precision fp32 --batch-size 12 --save-every 3 --log-every 1".split()
 SMALL = [*"--image-size 32 --patch-size 8 --dim 16 --depth 2 --heads 2".split(), *BRIEF]
 PROGRAM = """
 import os, signal, sys

@@ -15,13 +15,13 @@ CPU = torch.device("cpu")
 
 def test_flops_of_attention_and_of_the_papers_step():
     q, k, v = torch.rand(3, 2, 4, 10, 8)                               # B 2, heads 4, T 10, D/heads 8
-    attention = bench.count_flops(lambda: F.scaled_dot_product_attention(q, k, v), CPU)
+    attention = bench.count_flops(lambda: F.scaled_dot_product_attention(q, k, v))
     assert attention == 2 * 2 * (2 * 4 * 10 * 10 * 8)                  # q k^T, and its product with v
     with torch.device("meta"):
         tokenizer, model = dvae.DiscreteVAE(), vit.MaskedImageModel(vit.PRESETS["base"])
         images, mask, places = torch.rand(1, 3, 224, 224), torch.zeros(1, 14, 14).bool(), torch.arange(78)
-        tokens = bench.count_flops(lambda: tokenizer.encode(torch.rand(1, 3, 112, 112)), CPU)
-        step = bench.count_flops(lambda: model(images, mask, places).sum().backward(), CPU)
+        tokens = bench.count_flops(lambda: tokenizer.encode(torch.rand(1, 3, 112, 112)))
+        step = bench.count_flops(lambda: model(images, mask, places).sum().backward())
     assert (tokens / 1e9, step / 1e9) == (pytest.approx(52, abs=1), pytest.approx(108, abs=2))
 
 

@@ -74,6 +74,8 @@ def test_tokens_are_the_likeliest_codes_without_noise():
     tokens = model.tokenize(images)
     assert tokens.dtype == torch.int64 and tokens.shape == (2, 4, 6)
     assert torch.equal(tokens, model.encode(images).argmax(1))
+    places = torch.tensor([47, 0, 25])
+    assert torch.equal(model.tokenize(images, places), tokens.flatten()[places])
     cold = model.eval()(images, 1e-6).images                           # no noise in evaluation either
     torch.testing.assert_close(cold, model.decode(tokens), atol=1e-4, rtol=1e-4)
 
@@ -85,7 +87,7 @@ def test_tokens_under_autocast():
     output = model.encoder.blocks.output.conv
     fine = model.tokenize(images)
     with torch.autocast("cpu", torch.bfloat16):
-        features, rounded = model.features(images), model.encode(images).argmax(1)
+        features, rounded = model.forward_features(images), model.encode(images).argmax(1)
         output.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
         tokens = model.tokenize(images)
     assert features.dtype == torch.bfloat16 and tf32 == [False] and torch.backends.cudnn.allow_tf32
@@ -243,5 +245,5 @@ def test_features_for_tokenizing_compile_to_one_graph():
     torch.compiler.reset()
     model, images = small().eval(), torch.rand(2, 3, 16, 16)
     expected = model.tokenize(images)
-    model.features = torch.compile(model.features, fullgraph=True, backend="eager")
+    model.forward_features = torch.compile(model.forward_features, fullgraph=True, backend="eager")
     assert torch.equal(model.tokenize(images), expected)

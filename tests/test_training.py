@@ -232,7 +232,9 @@ import os, sys, time
 import pretrain, training
 config = training.parse(pretrain.Config, pretrain.PRESETS, ["--out", sys.argv[1]])
 run = training.Run(config, "cpu", 10)
-print(os.fork() or os.getpid(), flush=True)    # the number of the process that it forks, and that one's
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
 time.sleep(60)
 """
 

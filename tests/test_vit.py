@@ -180,6 +180,12 @@ def test_attention_maps_and_hidden_states_are_what_forward_computes(position):
     torch.testing.assert_close(model.head(averaged), model(IMAGES))
 
 
+@pytest.mark.parametrize("position", POSITIONS[1:])
+def test_position_biases_are_contiguous(position):
+    """Attention that is fused on GPUs takes no others."""
+    assert VisionTransformer(small(position)).position_biases()[0].is_contiguous()
+
+
 def test_drop_path_drops_samples_and_keeps_the_mean():
     model, x = VisionTransformer(small(depth=5, drop_path=0.4)), torch.ones(20_000, 2, 3)
     assert [block.drop_path_rate for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

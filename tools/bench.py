@@ -11,7 +11,7 @@ import platform
 import re
 import statistics
 import tempfile
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ class Bench:
         self.device, self.precision = device, training.Precision(args.precision, device)
         batch_size = args.batch_size * training.world_size()
         preset = {**pretrain.PRESETS[args.model], "preset": args.model, "batch_size": batch_size}
+        preset |= {"position": args.position} if args.position else {}
         self.config = training.build(pretrain.Config, preset)
         size = dvae.PRESETS["demo" if args.model == "demo" else "base"]    # base: DALL-E's
         self.tokenizer, _ = dvae.build_model(training.build(dvae.Config, size), device)
@@ -55,7 +56,7 @@ class Bench:
         def step():
             images, token_images, mask, places = pretrain.to_device(self.batch, self.device)
             with self.precision.autocast():
-                targets = self.tokenizer.tokenize(token_images).flatten()[places]
+                targets = self.tokenizer.tokenize(token_images, places)
                 logits = network(images, mask, places)
             loss, _ = pretrain.loss_and_accuracy(logits, targets)
             self.precision.backward(loss)
@@ -143,10 +144,9 @@ def tokenizer_and_steps(bench, networks):
 
 # ---- Measuring ----
 
-def count_flops(function, device):
-    """FLOPs of one call. On a CPU its attention is written out, since the fused kernel is not counted."""
-    attention = nullcontext() if device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, attention:
+def count_flops(function):
+    """FLOPs of one call, attention written out: fused kernels are not counted, or their recomputation is."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
@@ -190,10 +190,10 @@ def measure_all(args, bench):
             raise UserError(f"--only: no row is called {words}; there are {', '.join(rows)}")
     wanted = ["limit", *(args.only or rows)]
     rows = {name: row for name, row in rows.items() if any(words in name for words in wanted)}
-    flops = {name: count_flops(row[0], bench.device) for name, row in rows.items()}
+    flops = {name: count_flops(row[0]) for name, row in rows.items()}
     table = measure(rows, flops, args.rounds)
     if args.compile:
-        bench.tokenizer.features = torch.compile(bench.tokenizer.features)
+        bench.tokenizer.forward_features = torch.compile(bench.tokenizer.forward_features)
         for network in networks.values():
             network.compile()
         again = measure({name: row for name, row in rows.items() if flops[name]}, flops, args.rounds)
@@ -246,6 +246,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", choices=list(pretrain.PRESETS), default="base",
                         help="preset of pretrain.py (base)")
+    parser.add_argument("--position", choices=["absolute", "shared_relative"],
+                        help="of the backbone (the preset's)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step and process (16)")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto")
     parser.add_argument("--compile", action="store_true", help="measure each model compiled, too")
