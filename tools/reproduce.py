@@ -383,6 +383,7 @@ def plot(table):
         for axis, head, mean, error in zip(axes, heads, means.T, errors.T):
             axis.errorbar(mean, labels, xerr=error, fmt="o", capsize=3)
             axis.set(title=head)
+        axes[0].set_ylabel(table.corner)
         axes[0].invert_yaxis()
     for axis in axes:
         axis.grid(alpha=0.3)
