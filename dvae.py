@@ -153,7 +153,7 @@ class DiscreteVAE(nn.Module):
         features = self.forward_features(images)                       # (B, width, h, w)
         if places is not None:
             chosen = features.permute(0, 2, 3, 1).flatten(0, 2)[places]    # (M, width)
-            features = chosen.t()[None, :, None]                       # like an image of 1 x M
+            features = chosen.t()[None, :, None]                       # (1, width, 1, M), as of one image
         true_fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), true_fp32:
             tokens = self.encoder.blocks.output.conv(features.float()).argmax(dim=1)
@@ -180,7 +180,7 @@ class DiscreteVAE(nn.Module):
         -s |f - f_k|^2 = 2s f_k f - s |f_k|^2 + const.: a convolution with weight 2s f_k and bias -s |f_k|^2.
         At the mean distance the logit is -sharpness ln V. The codebook becomes a random projection of f_k.
         """
-        features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)           # (B h w, width)
+        features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
         features = features.unique(dim=0)                              # equal patches share a code
         mean, std = features.mean(0), features.std() + 1e-6
         chosen = torch.randperm(len(features))[torch.arange(self.vocab_size) % len(features)]
