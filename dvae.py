@@ -178,7 +178,7 @@ class DiscreteVAE(nn.Module):
 
         f is the normalised input of the last convolution, f_k that of patch k. The logits become
         -s |f - f_k|^2 = 2s f_k f - s |f_k|^2 + const.: a convolution with weight 2s f_k and bias -s |f_k|^2.
-        At the mean distance the logit is -sharpness ln V. The codebook becomes a random projection of f_k.
+        s makes the mean logit -sharpness ln V. The codebook becomes a random projection of f_k.
         """
         features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
         features = features.unique(dim=0)                              # equal patches share a code

@@ -203,7 +203,7 @@ def build_model(config, tokenizer, device):
 
 
 def train(config, device):
-    """Pre-train in the folder config.out, or continue there: views -> tokens -> logits -> loss -> step.
+    """Pre-train in the folder config.out, or continue there: views, mask -> tokens -> logits -> loss -> step.
 
     Leaves metrics.jsonl, last.pt, model.pt, result.json, predictions.png; <out>/tokenizer if it trained one.
     """
@@ -257,7 +257,7 @@ def train(config, device):
         run.log(step + 1, lr=lr, grad_norm=grad_norm, **scores, **report)
         run.save_or_stop(step + 1, **parts)
 
-    report = report or evaluate(model, held_out_batches(), tokenizer, precision, device)    # killed before it
+    report = report or evaluate(model, held_out_batches(), tokenizer, precision, device)    # after a kill
     training.say(f"held-out images: {training.in_words(report)}")
     sizes = {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}
     run.finish(model, sizes, **report)
