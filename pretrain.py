@@ -245,7 +245,7 @@ def train(config, device):
                 with precision.autocast():
                     targets = targets_of(images, token_images, places, model, tokenizer)
                     logits = network(images, mask, places)             # of p(z' | x^M), (M, V)
-                loss, accuracy = loss_and_accuracy(logits, targets)            # Eq. 1
+                loss, accuracy = loss_and_accuracy(logits, targets)    # Eq. 1
                 precision.backward(loss / config.accumulate)
             sums += torch.stack([loss, accuracy]).detach()
         loss, accuracy = run.all_reduce(step + 1, sums / config.accumulate)

@@ -1,6 +1,7 @@
 """tools/bench.py: its arithmetic, and that its rows and its report come out."""
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ def test_flops_of_attention_and_of_the_papers_step():
         tokens = bench.count_flops(lambda: tokenizer.encode(torch.rand(1, 3, 112, 112)))
         step = bench.count_flops(lambda: model(images, mask, places).sum().backward())
     assert (tokens / 1e9, step / 1e9) == (pytest.approx(52, abs=1), pytest.approx(108, abs=2))
+
+
+def test_position_replaces_the_presets(tmp_path):
+    args = Namespace(model="demo", batch_size=1, precision="fp32", position="absolute")
+    assert bench.Bench(args, CPU, tmp_path).config.position == "absolute"
+    args.position = None
+    assert bench.Bench(args, CPU, tmp_path).config.position == "shared_relative"
 
 
 @pytest.mark.parametrize("only, rows", [

@@ -132,7 +132,9 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked):
     if tokenizer:
         expected |= {"accuracy", "val_accuracy", "chance_loss", "unigram_entropy", "majority_accuracy"}
         assert abs(lines[0]["loss"] - math.log(64)) < 0.5
-        tokens = weights.load_tokenizer(tokenizer).tokenize(tokenize.call_args_list[1].args[1])
+        _, token_images, where = tokenize.call_args_list[1].args           # the first is check_tokens
+        assert torch.equal(where, places)                                  # no more than is predicted
+        tokens = weights.load_tokenizer(tokenizer).tokenize(token_images)
         assert tokens.shape == (12, 8, 8) and torch.equal(targets, tokens[predicted])
     else:
         expected |= {"mean_loss"}

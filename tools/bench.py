@@ -56,7 +56,7 @@ class Bench:
         def step():
             images, token_images, mask, places = pretrain.to_device(self.batch, self.device)
             with self.precision.autocast():
-                targets = self.tokenizer.tokenize(token_images, places)
+                targets = pretrain.targets_of(images, token_images, places, network, self.tokenizer)
                 logits = network(images, mask, places)
             loss, _ = pretrain.loss_and_accuracy(logits, targets)
             self.precision.backward(loss)
