@@ -1,4 +1,4 @@
-"""Which patches the model does not see: blockwise masks (Algorithm 1), and random ones (Table 4).
+"""Which patches the model does not see: blockwise masks (Algorithm 1), and the ablations of Table 4.
 
 A mask is a boolean array over the patch grid (h, w), True = masked. All draws come from the given generator.
 """
@@ -7,7 +7,7 @@ from numbers import Integral
 
 import numpy as np
 
-MAX_BLOCKS = 32    # about four are usual; after so many, single patches are added
+MAX_DRAWS = 32    # four blocks are usual; after this many draws, single patches complete the mask
 
 
 def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exact=True, log_aspect=False):
@@ -21,10 +21,10 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
                 False: Algorithm 1 as printed, which stops when more than num_masked are masked.
     log_aspect  draw the aspect ratio log-uniformly, as the released code does; the paper: uniformly
 
-    Returns a boolean array (h, w). Raises ValueError for numbers that would leave it empty or full.
+    Returns a boolean array (h, w). Raises ValueError if the mask would be empty or full.
     """
     h, w = grid
-    check_count(num_masked, grid, most=h * w - (1 if exact else 2))    # without exact, one more is masked
+    check_count(num_masked, grid, most=h * w - (1 if exact else 2))    # inexact: at least one more is masked
     if min_block is None:
         min_block = max(1, round(16 / 196 * h * w))
     if not (1 <= min_block <= h * w and 0 < min_aspect <= 1):
@@ -35,11 +35,11 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
 
     M = np.zeros((h, w), dtype=bool)
     size = 0                                                           # |M|
-    for _ in range(MAX_BLOCKS):
+    for _ in range(MAX_DRAWS):
         s = rand(min_block, num_masked - size)                         # block size
         r = rand(min_aspect, 1 / min_aspect)                           # aspect ratio
-        if log_aspect:
-            r = math.exp(rand(math.log(min_aspect), -math.log(min_aspect)))
+        if log_aspect:                                                 # replaces the uniform draw
+            r = math.exp(rand(math.log(min_aspect), math.log(1 / min_aspect)))
         a, b = max(1, round(math.sqrt(s * r))), max(1, round(math.sqrt(s / r)))    # block height, width
         if a > h or b > w:
             continue                                                   # does not fit: draw another
@@ -47,21 +47,21 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
         block = M[t:t + a, l:l + b]
         new = a * b - np.count_nonzero(block)
         if exact and size + new >= num_masked:
-            mask_a_part(block, num_masked - size, rng)
+            mask_part_of(block, num_masked - size, rng)
             return M
         if size + new == h * w:
             continue                                                   # leave something visible
         block[:] = True                                                # M <- M u {(i, j) in the block}
         size += new
-        if size > num_masked:                                          # until |M| > 0.4 N
+        if size > num_masked:                                          # until |M| > 0.4 N (with exact=False)
             return M
-    stop_at = num_masked if exact else num_masked + 1
+    stop_at = num_masked if exact else num_masked + 1                  # MAX_DRAWS were not enough
     M.flat[rng.choice(np.flatnonzero(~M), stop_at - size, replace=False)] = True
     return M
 
 
-def mask_a_part(block, count, rng):
-    """Mask the first or the last count unmasked patches of the block, by rows or by columns, in place."""
+def mask_part_of(block, count, rng):
+    """Mask `count` unmasked patches of a block, in place, beginning at one of its sides, drawn at random."""
     lines = block if rng.random() < 0.5 else block.T
     free = np.flatnonzero(~lines)
     lines.flat[free[:count] if rng.random() < 0.5 else free[len(free) - count:]] = True
@@ -77,6 +77,20 @@ def random_mask(grid, num_masked, rng):
     M = np.zeros((h, w), dtype=bool)
     M.flat[rng.choice(h * w, num_masked, replace=False)] = True
     return M
+
+
+def no_mask(grid, num_masked, rng):
+    """Mask nothing (ablation of Table 4), whatever num_masked is. Returns a boolean array (h, w)."""
+    return np.zeros(grid, dtype=bool)
+
+
+MASKS = {"blockwise": blockwise_mask, "random": random_mask, "none": no_mask}
+
+
+def number_to_mask(ratio, grid):
+    """The number of patches to mask for a mask ratio: floor(ratio * h * w)."""
+    h, w = grid
+    return int(ratio * h * w + 1e-9)                                   # 0.29 of 100 is 28.999999999999996
 
 
 def check_count(num_masked, grid, most):

@@ -1,280 +1,243 @@
 """Masked image modeling (sec. 2.3): pre-train a transformer to predict the visual tokens of masked patches.
 
-`python pretrain.py` does everything on built-in data. The paper's run, with DALL-E's tokenizer:
+`python pretrain.py` does everything on built-in images. The paper's run, with DALL-E's tokenizer:
 `torchrun --nproc_per_node=16 pretrain.py --data IMAGENET --tokenizer encoder.pkl`.
-A batch of B images has a grid of h x w patches and tokens each, and M patches to predict; V codes.
+The rows of Table 4, each for 300 epochs: --masking random; --target pixels; both; --predict all; --masking
+none --predict all. Its last row pre-trains for 800 epochs, as the presets do.
+Axes: B images in a batch, each with a grid of h x w patches and visual tokens; M patches to predict in the
+batch; V codes; P x P pixels in a patch.
 """
+import argparse
 import dataclasses
 import math
-from dataclasses import dataclass
+import shlex
 from functools import partial
-from math import inf
-from pathlib import Path
-from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 import data
-import dvae
-import training
+import launch
+import train_dvae
 import visualize
 import vit
 import weights
-from masking import blockwise_mask, random_mask
+from masking import MASKS, number_to_mask
+from run import Run, parameter_groups
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(training.RunConfig, vit.ViTConfig):
-    """Flags of pretrain.py."""
-    tokenizer: Annotated[str | None, "model.pt of dvae.py, or DALL-E's encoder.pkl beside its decoder.pkl; "
-                         "if omitted, one is trained in <out>/tokenizer"] = None
-    tokenizer_preset: Annotated[Literal[tuple(dvae.PRESETS)], "of the tokenizer that is trained"] = "small"
-    tokenizer_steps: Annotated[int | None, "of its training; by default the preset's, or as many as this run",
-                               (1, inf)] = None
-    masking: Annotated[Literal["blockwise", "random", "none"], "Algorithm 1, or as in Table 4"] = "blockwise"
-    mask_ratio: Annotated[float, "share of masked patches; 0.383 gives the 75 of sec. 2.5", (0, 1)] = 0.4
-    exact_masks: Annotated[bool, "mask the same number in each image; otherwise as Algorithm 1 stops"] = True
-    log_aspect: Annotated[bool, "log-uniform aspect ratio of blocks, as in the released code"] = False
-    target: Annotated[Literal["tokens", "pixels"], "pixels: regress a patch's pixels (Table 4)"] = "tokens"
-    predict: Annotated[Literal["masked", "all"], "all: recover 100 % of the targets (Table 4)"] = "masked"
-    crop_scale: Annotated[float, "smallest share of an image's area in a random crop", (1e-6, 1)] = 0.08
-    jitter: Annotated[float, "share by which brightness, contrast, saturation vary (Table 12)", (0, 1)] = 0.4
-    checkpoint_blocks: Annotated[bool, "recompute blocks in the backward pass, to save memory"] = False
-    eval_every: Annotated[int, "steps between two evaluations on held-out images", (1, inf)] = 10_000
-
-    def __post_init__(self):
-        super().__post_init__()
-        N = math.prod(self.grid)
-        most = N - 1 if self.exact_masks else N - 2
-        vit.check(1 <= self.num_masked <= most, "mask_ratio: between 0 and 1, so that some of the "
-                  f"{N} patches are masked and some are not, not {self.mask_ratio}")
-        vit.check(self.masking != "none" or (self.predict == "all" and self.target == "tokens"),
-                  "masking: none leaves nothing to learn without --predict all and --target tokens")
-        blockwise = self.masking == "blockwise"
-        vit.check(blockwise or not self.log_aspect, "log_aspect: only with --masking blockwise")
-        vit.check(blockwise or self.exact_masks, "no_exact_masks: only with --masking blockwise")
-        vit.check(self.target == "tokens" or not self.tokenizer, "tokenizer: not used with --target pixels")
-        vit.check(not self.tokenizer_steps or (self.target == "tokens" and not self.tokenizer),
-                  "tokenizer_steps: not used with --tokenizer or --target pixels")
-
-    @property
-    def num_masked(self):
-        return int(self.mask_ratio * math.prod(self.grid))
-
-
-def table_12(name, **more):
-    """A backbone of vit.PRESETS and the numbers of Table 12 that are no defaults of flags."""
-    size = {field: getattr(vit.PRESETS[name], field) for field in ("dim", "depth", "heads")}
-    return dict(**size, epochs=800.0, batch_size=2048, lr=1.5e-3, **more)
-
-
+# Table 12 for base and large; tiny and small have the recipe of base. demo is ours: minutes on a CPU.
+TABLE_12 = dict(epochs=800.0, batch_size=2048, base_batch=2048, base_lr=1.5e-3, min_lr=1e-5, warmup=10 / 800,
+                clip_grad=3.0)
 PRESETS = {
-    "demo": dict(epochs=2.2, batch_size=32, lr=2e-3, min_lr=2e-5, warmup=0.1, image_size=64, patch_size=8,
-                 dim=128, depth=4, heads=4, drop_path=0.0, position="shared_relative", layer_scale=0.1,
-                 crop_scale=0.6, jitter=0.0, tokenizer_preset="demo", log_every=1, save_every=100,
-                 eval_every=1000),
-    "tiny": table_12("tiny"), "small": table_12("small"), "base": table_12("base"),
-    "large": table_12("large", clip_grad=1.0),
+    "demo": dict(epochs=2.2, batch_size=32, base_batch=32, base_lr=2e-3, min_lr=2e-5, warmup=0.1,
+                 clip_grad=3.0, image_size=64, patch_size=8, dim=128, depth=4, heads=4, drop_path=0.0,
+                 position="shared_relative", layer_scale=0.1, crop_scale=0.6, jitter=0.0,
+                 tokenizer_preset="demo", log_every=1, save_every=100, eval_every=1000),
+    "tiny": {**TABLE_12, **vit.SIZES["tiny"]},
+    "small": {**TABLE_12, **vit.SIZES["small"]},
+    "base": {**TABLE_12, **vit.SIZES["base"]},
+    "large": {**TABLE_12, **vit.SIZES["large"], "clip_grad": 1.0},
 }
 
 
-def targets_of(images, token_images, places, model, tokenizer):
-    """What is to be predicted at M places: tokens z_i, int64 (M,), or pixels, float (M, C P P)."""
+def parse_args(argv=None):
+    """The flags of pretrain.py. Exits with argparse's message if they do not fit together."""
+    parser = launch.make_parser(__file__, __doc__)
+    launch.add_model_flags(parser, defaults=vit.ViTConfig())
+    add = parser.add_argument
+    add("--tokenizer", type=launch.text, help="model.pt of train_dvae.py, or DALL-E's encoder.pkl beside its "
+        "decoder.pkl (default: one is trained in <out>/tokenizer)")
+    add("--tokenizer-preset", choices=list(train_dvae.PRESETS), default="small",
+        help="preset of the tokenizer that is trained")
+    add("--tokenizer-steps", type=launch.positive_int,
+        help="steps of its training (default: the preset's, at most the steps of this run)")
+    add("--masking", choices=list(MASKS), default="blockwise", help="Algorithm 1, or an ablation of Table 4")
+    add("--mask-ratio", type=launch.fraction, default=0.4,
+        help="share of masked patches (sec. 2.3: about 40 %%)")
+    add("--exact-masks", action=argparse.BooleanOptionalAction, default=True,
+        help="mask the same number of patches in each image; otherwise stop as Algorithm 1, above the ratio")
+    add("--log-aspect", action="store_true",
+        help="log-uniform aspect ratio of blocks, as in the released code")
+    add("--target", choices=["tokens", "pixels"], default="tokens",
+        help="pixels: regress the pixels of patches (Table 4)")
+    add("--predict", choices=["masked", "all"], default="masked",
+        help="all: recover 100 %% of the targets (Table 4)")
+    add("--crop-scale", type=launch.number(float, 1e-6, 1), default=0.08,
+        help="smallest area of a random crop / area of the image")
+    add("--jitter", type=launch.fraction, default=0.4,
+        help="brightness, contrast and saturation vary by this share (Table 12)")
+    args = launch.parse(parser, PRESETS, argv)
+
+    grid = launch.config_from_flags(vit.ViTConfig, args).grid
+    most = math.prod(grid) - (1 if args.exact_masks else 2)            # as masking.blockwise_mask allows
+    if not 1 <= number_to_mask(args.mask_ratio, grid) <= most:
+        parser.error(f"--mask-ratio: must mask from 1 to {most} of {math.prod(grid)} patches, got "
+                     f"{args.mask_ratio:g}")
+    if args.masking == "none" and (args.predict != "all" or args.target != "tokens"):
+        parser.error("--masking none needs --predict all and --target tokens, to have something to learn")
+    if args.masking != "blockwise" and (args.log_aspect or not args.exact_masks):
+        parser.error("--log-aspect and --no-exact-masks: only with --masking blockwise")
+    tokenizer_training = {"tokenizer_preset", "tokenizer_steps"} & set(args.given)
+    if args.target == "pixels" and (args.tokenizer or tokenizer_training):
+        parser.error("--tokenizer, --tokenizer-preset and --tokenizer-steps: not used with --target pixels")
+    if args.tokenizer and tokenizer_training:
+        parser.error("--tokenizer-preset and --tokenizer-steps: not used with --tokenizer")
+    return args
+
+
+def train(args, device):
+    """Pre-train in the folder args.out, or continue there.
+
+    Writes metrics.jsonl, last.pt, model.pt, result.json, predictions.png, and the tokenizer if it trains one.
+    """
+    config = launch.config_from_flags(vit.ViTConfig, args)
+    source, held_out = data.open_splits(args.data, args.data_root, download=args.download)
+    tokenizer = None
+    if args.tokenizer:                                                 # a wrong file leaves no folder
+        tokenizer = load_tokenizer(args.tokenizer, args, config, held_out)
+    run = Run(args, device, num_images=len(source))
+    if run.finished:
+        return
+    if args.target == "tokens" and tokenizer is None:                  # trained in the folder of the run
+        flags = train_dvae.flags_for_pretraining(args, config.grid, run.steps, len(source))
+        launch.say(f"python train_dvae.py {shlex.join(flags)}")
+        path = train_dvae.train(train_dvae.parse_args(flags), device)
+        tokenizer = load_tokenizer(path, args, config, held_out)
+    model = build_model(args, config, tokenizer, device)
+    views, val_views = open_views(args, config, source, held_out, tokenizer)
+    collate_views = partial(collate, predict=args.predict)
+    if args.masking != "none":
+        bound = "" if args.exact_masks else "more than "
+        num_masked, num_patches = number_to_mask(args.mask_ratio, config.grid), math.prod(config.grid)
+        launch.say(f"{bound}{num_masked} of {num_patches} patches are masked")
+    network = run.prepare(model, parameter_groups(model, args.weight_decay),
+                          evaluate=partial(evaluate, model, tokenizer, val_views, args, device),
+                          evaluate_first=True, log_prefix="")          # evaluate's names begin with val_
+    for batch in run.batches(views, collate_views):
+        images, token_images, mask, places = to_device(batch, device)
+        with run.autocast():
+            z = targets_at(places, images, token_images, model, tokenizer)    # argmax q(z | x), (M,)
+            logits = network(images, mask, places)                     # of p(z' | x^M), (M, V)
+        loss, accuracy = loss_and_accuracy(logits, z)                  # Eq. 1, which is Eq. 3, stage 2
+        run.update(loss, accuracy=accuracy)
+    run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
+    images, token_images, mask, _ = to_device(data.some_samples(val_views, 12, collate_views), device)
+    run.draw("predictions.png", visualize.draw_predictions, model, tokenizer, images, token_images, mask)
+
+
+def targets_at(places, images, token_images, model, tokenizer):
+    """What the model should predict at `places`, M flat indices into (B, h, w).
+
+    Returns the visual tokens z_i, int64 (M,), or without a tokenizer normalised pixels, float (M, 3 P P).
+    """
     if tokenizer:
         return tokenizer.tokenize(token_images, places)
     return model.patch_pixels(images).flatten(0, 2)[places]
 
 
 def loss_and_accuracy(outputs, targets):
-    """Returns the loss and the accuracy, means over the M predicted patches.
+    """The loss and the accuracy of a prediction, both means over the M predicted patches.
 
-    With tokens as targets, int64 (M,): -log p(z_i | x^M) in nats (Eq. 1), and how often the likeliest token
-    is right. With pixels, float (M, C P P): the squared error (Table 4), and nan.
+    For tokens, targets int64 (M,): -log p(z_i | x^M) in nats, and how often the likeliest token is correct.
+    Eq. 1 maximises the sum of log p(z_i | x^M) over masked patches and images; the mean has the same maximum.
+    For pixels, targets float (M, 3 P P): the squared error (Table 4), and None.
     """
     outputs = outputs.float()
     if targets.dtype == torch.int64:
         return F.cross_entropy(outputs, targets), (outputs.argmax(-1) == targets).float().mean()
-    return F.mse_loss(outputs, targets), outputs.new_tensor(math.nan)
+    return F.mse_loss(outputs, targets), None
 
 
-def draw_mask_of(config):
-    """Returns the function of --masking: rng -> bool ndarray (h, w)."""
-    if config.masking == "none":
-        return lambda rng: np.zeros(config.grid, dtype=bool)
-    draw = random_mask
-    if config.masking == "blockwise":
-        draw = partial(blockwise_mask, exact=config.exact_masks, log_aspect=config.log_aspect)
-    return partial(draw, config.grid, config.num_masked)
+@torch.no_grad()
+def evaluate(model, tokenizer, views, args, device):
+    """Measure a masked image model on 512 held-out images, together with baselines that ignore the image.
+
+    val_loss, val_accuracy   of the model, as loss_and_accuracy
+    chance_loss              ln V
+    unigram_entropy          the loss of always predicting how frequent each token is
+    majority_accuracy        the accuracy of always predicting the most frequent token
+    mean_loss                without a tokenizer: the loss of always predicting the colour pixel_mean
+    """
+    model.eval()
+    means, counts = launch.Means(), 0
+    for batch in data.val_loader(views, args, device, partial(collate, predict=args.predict), num_images=512):
+        images, token_images, mask, places = to_device(batch, device)
+        with launch.autocast(args.precision, device):
+            z = targets_at(places, images, token_images, model, tokenizer)
+            logits = model(images, mask, places)
+        loss, accuracy = loss_and_accuracy(logits, z)
+        if tokenizer:
+            means.add(len(z), val_loss=loss, val_accuracy=accuracy)
+            counts += torch.bincount(z, minlength=tokenizer.vocab_size).cpu()
+        else:
+            means.add(len(z), val_loss=loss, mean_loss=z.square().mean())    # pixel_mean is 0 when normalised
+    report = means.compute()
+    if tokenizer:
+        counts = sum(launch.all_gather(counts))                        # of all processes
+        report |= {"chance_loss": math.log(tokenizer.vocab_size),
+                   "unigram_entropy": math.log(train_dvae.perplexity(counts)),
+                   "majority_accuracy": (counts.max() / counts.sum()).item()}
+    return report
+
+
+def load_tokenizer(path, args, config, held_out):
+    """The tokenizer in a file. Raises UserError if it gives all patches of eight images the same token."""
+    tokenizer = weights.load_tokenizer(path)
+    _, views = open_views(args, config, held_out, held_out, tokenizer)
+    images = data.to_float(data.some_samples(views, 8)["token_image"])
+    if tokenizer.tokenize(images).unique().numel() == 1:
+        raise launch.UserError(f"--tokenizer: {path} gives all patches of {len(images)} images one token; "
+                               "use a tokenizer that distinguishes patches, or --target pixels")
+    return tokenizer
+
+
+def build_model(args, config, tokenizer, device):
+    """A model that predicts the tokenizer's codes, or pixels without one. Both are moved to the device."""
+    outputs = tokenizer.vocab_size if tokenizer else 3 * config.patch_size ** 2
+    if tokenizer:
+        tokenizer.to(device, memory_format=torch.channels_last)
+        if args.compile:
+            tokenizer.forward_features = torch.compile(tokenizer.forward_features)
+    torch.manual_seed(args.seed)
+    model = vit.MaskedImageModel(config, outputs).to(device)
+    model.checkpoint_blocks = args.checkpoint_blocks
+    return model
+
+
+def open_views(args, config, source, held_out, tokenizer):
+    """(training, held-out) data.Views. The tokenizer's view has the size that gives one token per patch."""
+    num_masked = number_to_mask(args.mask_ratio, config.grid)
+    options = {}
+    if args.masking == "blockwise":
+        options = dict(exact=args.exact_masks, log_aspect=args.log_aspect)
+    draw_mask = partial(MASKS[args.masking], config.grid, num_masked, **options)
+    token_size = config.grid[0] * tokenizer.downsample if tokenizer else None
+    make_views = partial(data.Views, image_size=args.image_size, token_size=token_size, seed=args.seed,
+                         draw_mask=draw_mask, crop_scale=args.crop_scale, jitter=args.jitter)
+    return make_views(source, train=True), make_views(held_out, train=False)
 
 
 def collate(samples, predict):
     """A batch of data.Views, with the patches to predict as flat indices into (B, h, w), int64 (M,).
 
-    The indices are found here, on the CPU, because nonzero on a GPU synchronises.
+    The indices are found here, on the CPU, because nonzero on a GPU would wait for all work before it.
     """
-    *views, mask = default_collate(samples)
-    predicted = mask if predict == "masked" else torch.ones_like(mask)
-    return *views, mask, predicted.flatten().nonzero()[:, 0]
+    batch = default_collate(samples)
+    predicted = batch["mask"] if predict == "masked" else torch.ones_like(batch["mask"])
+    batch["places"] = predicted.flatten().nonzero()[:, 0]
+    return batch
 
 
 def to_device(batch, device):
     """(images, the tokenizer's view or None, mask, places) on the device, images as floats in [0, 1]."""
-    *views, mask, places = (tensor.to(device, non_blocking=True) for tensor in batch)
-    images, token_images = [data.to_float(view) for view in views] + [None] * (2 - len(views))
-    return images, token_images, mask, places
-
-
-def open_views(config, source, held_out, tokenizer):
-    """(training, held-out) data.Views; the tokenizer's view has the size that gives a token per patch."""
-    token_size = config.grid[0] * tokenizer.downsample if tokenizer else None
-    make_views = partial(data.Views, image_size=config.image_size, token_size=token_size, seed=config.seed,
-                         draw_mask=draw_mask_of(config), crop_scale=config.crop_scale, jitter=config.jitter)
-    return make_views(source, train=True), make_views(held_out, train=False)
-
-
-def tokenizer_config(config, images, steps):
-    """The dvae.Config of the tokenizer to train for this run, of so many training images and steps."""
-    preset, world = dvae.PRESETS[config.tokenizer_preset], training.world_size()
-    batch_size = math.ceil(min(preset["batch_size"], config.batch_size) / world) * world
-    shared = ("data", "data_root", "seed", "workers", "device", "precision", "compile")
-    tokenizer = training.build(dvae.Config, {
-        **preset, **{name: getattr(config, name) for name in shared}, "preset": config.tokenizer_preset,
-        "out": str(Path(config.out) / "tokenizer"), "batch_size": batch_size,
-        "lr": preset["lr"] * batch_size / preset["batch_size"],
-        "image_size": config.grid[0] * 2 ** (preset.get("groups", dvae.Config.groups) - 1)})
-    most = min(steps, training.steps_and_epoch(tokenizer, images)[0])
-    return dataclasses.replace(tokenizer, steps=config.tokenizer_steps or most)
-
-
-def check_tokens(tokenizer, config, held_out):
-    """UserError if all patches of eight held-out images have the same token: nothing could be learned."""
-    _, views = open_views(config, held_out, held_out, tokenizer)
-    images = data.some_samples(views, 8)[1]
-    if tokenizer.tokenize(data.to_float(images)).unique().numel() == 1:
-        raise training.UserError(f"--tokenizer: all patches of {len(images)} held-out images have the same "
-                                 "token; one that tells them apart is needed, or --target pixels")
-
-
-@torch.no_grad()
-def evaluate(model, batches, tokenizer, precision, device):
-    """Measures val_loss, val_accuracy and baselines that ignore the image, on all processes' held-out images.
-
-    chance_loss is ln V, unigram_entropy the loss of predicting the token frequencies, majority_accuracy the
-    accuracy of predicting the most frequent token. With pixels, mean_loss is the loss of predicting the
-    normalisation's mean colour.
-    """
-    model.eval()
-    counts = torch.zeros(tokenizer.vocab_size if tokenizer else 1, device=device)
-    sums = torch.zeros(4, device=device)
-    for batch in batches:
-        images, token_images, mask, places = to_device(batch, device)
-        with precision.autocast():
-            targets = targets_of(images, token_images, places, model, tokenizer)
-            logits = model(images, mask, places)
-        loss, accuracy = loss_and_accuracy(logits, targets)
-        if tokenizer:
-            counts += torch.bincount(targets, minlength=len(counts))
-        square = targets.float().square().mean()                       # pixels: the loss of predicting 0
-        sums += len(targets) * torch.stack([loss, accuracy, square, torch.ones_like(loss)])
-    training.all_sum(counts)
-    training.all_sum(sums)
-    loss, accuracy, square, _ = (sums / sums[-1]).tolist()
-    if not tokenizer:
-        return {"val_loss": loss, "mean_loss": square}
-    return {"val_loss": loss, "val_accuracy": accuracy, "chance_loss": math.log(tokenizer.vocab_size),
-            "unigram_entropy": math.log(dvae.perplexity(counts)),
-            "majority_accuracy": (counts.max() / counts.sum()).item()}
-
-
-def build_model(config, tokenizer, device):
-    """Returns a model that predicts the tokenizer's codes, or pixels without one, both on the device."""
-    outputs = tokenizer.vocab_size if tokenizer else config.in_channels * config.patch_size ** 2
-    if tokenizer:
-        tokenizer.to(device, memory_format=torch.channels_last)
-        if config.compile:
-            tokenizer.forward_features = torch.compile(tokenizer.forward_features)
-    torch.manual_seed(config.seed)
-    model = vit.MaskedImageModel(config.backbone, outputs).to(device)
-    model.checkpoint_blocks = config.checkpoint_blocks
-    return model
-
-
-def train(config, device):
-    """Pre-train in the folder config.out, or continue there: views, mask -> tokens -> logits -> loss -> step.
-
-    Leaves metrics.jsonl, last.pt, model.pt, result.json, predictions.png; <out>/tokenizer if it trained one.
-    """
-    source, held_out = data.open_splits(config.data, config.data_root)
-    total, per_epoch = training.steps_and_epoch(config, len(source))
-    tokenizer = weights.load_tokenizer(config.tokenizer) if config.tokenizer else None
-    if tokenizer:
-        training.on_first_process(partial(check_tokens, tokenizer, config, held_out))
-    to_train = tokenizer_config(config, len(source), total)
-    run = training.Run(config, device, total)
-    if run.finished:
-        return training.say(f"{run.folder} is finished; --fresh starts over")
-    if not tokenizer and config.target == "tokens":
-        tokenizer = weights.load_tokenizer(dvae.train(to_train, device))
-        training.on_first_process(partial(check_tokens, tokenizer, config, held_out))
-    model = build_model(config, tokenizer, device)
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, config.weight_decay), fused=True)
-    precision = training.Precision(config.precision, device)
-    parts = dict(model=model, optimizer=optimizer, scaler=precision.scaler)
-    run.restore(**parts)
-    network = training.distribute(torch.compile(model) if config.compile else model, device)
-    views, val_views = open_views(config, source, held_out, tokenizer)
-    gather = partial(collate, predict=config.predict)
-    batches = iter(data.train_loader(views, config, device, run.start, total, gather))
-    held_out_batches = partial(data.val_loader, val_views, config, device, gather, images=512)
-    training.say(f"{config.num_masked} of {math.prod(config.grid)} patches masked; {total} steps of "
-                 f"{config.batch_size} images, {total / per_epoch:.3g} epochs, peak lr {config.lr:g}; "
-                 f"{training.world_size()} x {device}, {precision.dtype}")
-    report = {}
-    for step in run.progress("pretrain"):
-        training.seed_step(config.seed, step)
-        lr = training.warmup_cosine(step, total, config.lr, config.min_lr, config.warmup * total)
-        training.set_lr(optimizer, lr)
-        model.train()
-        sums = torch.zeros(2, device=device)
-        for part in range(config.accumulate):
-            images, token_images, mask, places = to_device(next(batches), device)
-            with training.accumulating(network, part, config.accumulate):
-                with precision.autocast():
-                    targets = targets_of(images, token_images, places, model, tokenizer)
-                    logits = network(images, mask, places)             # of p(z' | x^M), (M, V)
-                loss, accuracy = loss_and_accuracy(logits, targets)    # Eq. 1
-                precision.backward(loss / config.accumulate)
-            sums += torch.stack([loss, accuracy]).detach()
-        loss, accuracy = run.all_reduce(step + 1, sums / config.accumulate)
-        grad_norm = precision.update(optimizer, config.clip_grad)
-        scores = {"loss": loss, "accuracy": accuracy} if tokenizer else {"loss": loss}
-        report = {}
-        if step == 0 or (step + 1) % config.eval_every == 0 or step + 1 == total:
-            report = evaluate(model, held_out_batches(), tokenizer, precision, device)
-        run.log(step + 1, lr=lr, grad_norm=grad_norm, **scores, **report)
-        run.save_or_stop(step + 1, **parts)
-
-    report = report or evaluate(model, held_out_batches(), tokenizer, precision, device)    # after a kill
-    training.say(f"held-out images: {training.in_words(report)}")
-    sizes = {"vit": dataclasses.asdict(config.backbone), "vocab_size": model.lm_head.out_features}
-    run.finish(model, sizes, **report)
-    if training.rank() == 0:
-        batch = to_device(data.some_samples(val_views, 12, gather), device)
-        training.draw_or_warn(draw, model, tokenizer, batch, run.folder / "predictions.png")
-
-
-def draw(model, tokenizer, batch, path):
-    """Write a picture of what the model predicts for a batch, as to_device gives it."""
-    images, token_images, mask, _ = batch
-    columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
-    visualize.figure_predictions(columns, mask, right).savefig(path)
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    token_images = data.to_float(batch["token_image"]) if "token_image" in batch else None
+    return data.to_float(batch["image"]), token_images, batch["mask"], batch["places"]
 
 
 def main():
-    training.run_script(Config, PRESETS, train)
+    launch.start(parse_args, train)
 
 
 if __name__ == "__main__":

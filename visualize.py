@@ -1,128 +1,184 @@
-"""Figures: masks, visual tokens, predictions, self-attention, positions, curves, results, the whole method.
+"""Figures: masks, visual tokens, predictions, self-attention, positions, learning curves, the whole method.
 
-`python visualize.py WHAT` writes one picture. Each figure_... is a function of tensors that returns a
-matplotlib Figure; the command line below loads and saves. B images of H W pixels in [0, 1], h w patches,
-N = h w, T = 1 + N tokens, L blocks.
+`python visualize.py WHAT` draws one of them for the checkpoint that `python pretrain.py` wrote. The functions
+figure_... take tensors and return a matplotlib Figure; the command line below loads the tensors and saves it.
+B images of H x W pixels in [0, 1], a grid of h x w patches, N = h w, L layers. Layers count from 1 in figures
+and in --layer, as in the paper, but from 0 in Python.
 """
-import argparse
 import dataclasses
 import json
 import math
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import hsv_to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 import data
-import training
+import launch
 import vit
 import weights
-from masking import blockwise_mask, random_mask
-from training import UserError
+from folders import IGNORE, BadFile, open_image, printable
+from launch import UserError
+from masking import MASKS, blockwise_mask, number_to_mask
 
-CLS = "S"    # --patch S: the special token [S]
-matplotlib.rcParams["text.parse_math"] = False    # a $ in the name of a class is a $
+if "matplotlib" not in sys.modules:
+    # Jupyter sets MPLBACKEND for the scripts that it starts, too. If that backend is not installed, importing
+    # matplotlib fails, although these figures need no backend.
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+import matplotlib.style
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+GOLDEN_RATIO = 0.61803    # modulo 1, its multiples are spread evenly: hues of tokens and classes
+CLS = "S"                 # the special token [S] among the reference patches of figure_attention
 
 
 # ---- Shared by the figures ----
 
-def grid_of_axes(rows, columns, labels=(), titles=(), width=11, aspect=1.0, **how):
-    """(figure, axes (rows, columns)) for pictures of this aspect, height / width. No ticks, no frames."""
-    size = width, width / columns * aspect * rows + 0.6
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **how)
+def default_style():
+    """A decorator: matplotlib's default settings replace the user's while a function runs."""
+    return matplotlib.style.context(["default", {"text.parse_math": False}])    # a $ in a name is a $
+
+
+class StyledFigure(Figure):
+    """A matplotlib Figure that is saved in the default style, too."""
+    savefig = default_style()(Figure.savefig)
+
+
+def make_axes(rows, columns, row_labels=(), titles=(), width=11, aspect=1.0, width_ratios=None):
+    """Make (figure, array of axes (rows, columns)) for images, without ticks and frames.
+
+    width: of the figure, in inches; aspect: height / width of the space for an image and the text around it.
+    """
+    figure = StyledFigure(figsize=(width, width / columns * aspect * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
-    for axis, label in zip(axes[:, 0], labels):
+    for axis, label in zip(axes[:, 0], row_labels):
         axis.set_ylabel(label, fontsize=9)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     return figure, axes
 
 
-def show(axis, image, title=None):
-    """An image (3, H, W) in [0, 1]."""
+def show_image(axis, image, title=None):
+    """Show an image (3, H, W) in [0, 1]."""
     axis.imshow(image.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
     if title:
         axis.set_title(title, fontsize=9)
 
 
-def legend_label(name):
-    """The name of a folder or class for a legend, which would leave out what begins with an underscore."""
-    name = data.printable(name)
-    return f" {name}" if name.startswith("_") else name
+def show_images(axes, images):
+    """Show images (3, H, W), one on each of these axes; the last axes may remain empty."""
+    for axis, image in zip(axes, images):
+        show_image(axis, image)
 
 
-def outline(axis, cells, image_hw, **how):
-    """Outline the patches where cells (h, w) is True, over an image of H x W pixels."""
-    (H, W), (h, w) = image_hw, cells.shape
-    for row, column in np.argwhere(np.asarray(cells)):
-        axis.add_patch(Rectangle((column * W / w - 0.5, row * H / h - 0.5), W / w, H / h, fill=False, **how))
+def outline_patches(axis, mask, image_hw, color, linewidth):
+    """Draw the edges of the patches where mask (h, w) is True, on axes that show H x W pixels."""
+    (H, W), (h, w) = image_hw, mask.shape
+    for row, column in np.argwhere(np.asarray(mask)):
+        corner = (column * W / w - 0.5, row * H / h - 0.5)             # the centre of the first pixel is 0, 0
+        axis.add_patch(Rectangle(corner, W / w, H / h, fill=False, edgecolor=color, linewidth=linewidth))
 
 
-def hide(images, mask, shade=0.5):
-    """Images (..., 3, H, W) with the masked patches, mask (..., h, w), in grey."""
+def grey_out(images, mask):
+    """Paint masked patches grey: images (..., 3, H, W), mask (..., h, w) bool -> images."""
     (H, W), (h, w) = images.shape[-2:], mask.shape[-2:]
-    rows, columns = torch.arange(H)[:, None] * h // H, torch.arange(W) * w // W
-    return torch.where(torch.as_tensor(mask)[..., None, rows, columns], shade, images)
+    rows, columns = torch.arange(H) * h // H, torch.arange(W) * w // W    # the patch of each pixel
+    pixels = torch.as_tensor(mask)[..., None, rows[:, None], columns]  # (..., 1, H, W)
+    return torch.where(pixels, 0.5, images)
 
 
 def token_colours(tokens):
-    """A colour for each token, the same for the same token: (h, w) int64 -> (3, h, w)."""
-    tokens = np.asarray(tokens)
-    hue, value = tokens * 0.61803 % 1, 0.35 + 0.6 * (tokens * 0.7549 % 1)
-    return torch.from_numpy(hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.65), value], -1))).permute(2, 0, 1)
+    """A colour for each token, the same for equal tokens: (h, w) int64 -> (3, h, w)."""
+    tokens = tokens.cpu().numpy()
+    hue, value = tokens * GOLDEN_RATIO % 1, 0.35 + 0.6 * (tokens * 0.7549 % 1)
+    colours = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.65), value], axis=-1))    # (h, w, 3)
+    return torch.from_numpy(colours).permute(2, 0, 1)
+
+
+def line_colours(count):
+    """`count` different colours: matplotlib's, or for more than its ten, evenly spaced hues."""
+    if count <= 10:
+        return matplotlib.colormaps["tab10"].colors[:count]
+    return matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, count))
+
+
+def legend_label(name):
+    """The name of a folder or class in a legend. matplotlib would leave out a name such as _a."""
+    name = printable(name)
+    return f" {name}" if name.startswith("_") else name
 
 
 # ---- Masks (Algorithm 1) and visual tokens (sec. 2.1) ----
 
+@default_style()
 def figure_masks(images, masks, coverage):
-    """Images (n, 3, H, W) under masks, label -> (n, h, w) bool, a row for each label.
+    """Images under masks, and how often each patch is masked. A row for each way to mask.
 
-    coverage: label -> (h, w), the share of draws in which each patch is masked.
+    images (n, 3, H, W); masks {label: (n, h, w) bool}; coverage {label: (h, w)}, the share of masks in which
+    each patch is masked.
     """
-    n, labels = len(images), [f"{label}\n{np.count_nonzero(some[0])} of {some[0].size}"
-                              for label, some in masks.items()]
-    titles = [""] * n + ["how often a patch\nis masked"]
-    figure, axes = grid_of_axes(len(masks), n + 1, labels, titles, width=12, aspect=1.3)
-    for (label, some), row in zip(masks.items(), axes):
-        for axis, image, mask in zip(row, images, some):
-            show(axis, hide(image, mask))
+    titles = [""] * len(images) + ["how often a patch\nis masked"]
+    figure, axes = make_axes(len(masks), len(images) + 1, titles=titles, width=12, aspect=1.3)
+    for row, label in zip(axes, masks):
+        show_images(row, map(grey_out, images, masks[label]))
         share = coverage[label]
-        heat = row[-1].imshow(share, vmin=0, vmax=1)
         h, w = share.shape
+        row[0].set_ylabel(f"{label}\n{np.count_nonzero(masks[label][0])} of {h * w}", fontsize=9)
+        heatmap = row[-1].imshow(share, vmin=0, vmax=1)
         row[-1].set_xlabel(f"corner {share[0, 0]:.2f}\nedge {share[0, w // 2]:.2f}\n"
                            f"centre {share[h // 2, w // 2]:.2f}", fontsize=8)
-    figure.colorbar(heat, ax=axes[:, -1], shrink=0.7)
+    figure.colorbar(heatmap, ax=axes[:, -1], shrink=0.7)
     return figure
 
 
+@default_style()
 def figure_tokens(images, tokens, soft, hard, examples=3):
-    """n images (m, 3, H, W), m >= n, their tokens (m, h, w) as colours, and reconstructions (n, 3, H, W) from
-    soft and hard codes; below, for the n most used codes, patches of the m images that map to them."""
+    """Images, their tokens and reconstructions; below, patches of the most frequent codes.
+
+    images (m, 3, H, W), tokens (m, h, w): the first n are shown, and patches from all m
+    soft, hard (n, 3, H, W): reconstructions from soft codes, softmax(logits / tau), and from the tokens
+    examples: number of patches for each of n codes
+    """
     n, P = len(soft), images.shape[-1] // tokens.shape[-1]
-    error = [(some - images[:n]).square().mean() for some in (soft, hard)]
+    soft_mse, hard_mse = ((pictures - images[:n]).square().mean() for pictures in (soft, hard))
     rows = {"image": images, "tokens": [token_colours(grid) for grid in tokens[:n]],
-            f"soft codes\nerror {error[0]:.4f}": soft, f"hard codes\nerror {error[1]:.4f}": hard}
-    figure, axes = grid_of_axes(4 + examples, n, [*rows, "patches of\nmost used\ncodes"])
+            f"soft codes\nMSE {soft_mse:.4f}": soft, f"hard codes\nMSE {hard_mse:.4f}": hard}
+    figure, axes = make_axes(len(rows) + examples, n, [*rows, "patches of\nfrequent codes"])
     for row, pictures in zip(axes, rows.values()):
-        for axis, picture in zip(row, pictures):
-            show(axis, picture)
+        show_images(row, pictures)
     patches = images.unfold(2, P, P).unfold(3, P, P)                   # (m, 3, h, w, P, P)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)          # (m h w, 3, P, P)
-    codes, uses = tokens.unique(return_counts=True)
-    for i, column in zip(uses.argsort(descending=True), axes[4:].T):
-        column[0].set_title(f"{codes[i]}: {uses[i] / tokens.numel():.1%}", fontsize=8)
-        for axis, patch in zip(column, patches[tokens.flatten() == codes[i]]):
-            show(axis, patch)
+    codes, counts = tokens.unique(return_counts=True)
+    for i, column in zip(counts.argsort(descending=True), axes[len(rows):].T):
+        show_images(column, patches[tokens.flatten() == codes[i]])
+        column[0].set_title(f"{codes[i]}: {counts[i] / tokens.numel():.1%}", fontsize=8)
+    return figure
+
+
+@default_style()
+def figure_reconstructions(rows):
+    """Rows of images, {label: (n, 3, H, W)}, such as originals and their reconstructions by a tokenizer."""
+    figure, axes = make_axes(len(rows), max(map(len, rows.values())), rows)
+    for row, images in zip(axes, rows.values()):
+        show_images(row, images)
     return figure
 
 
@@ -130,598 +186,538 @@ def figure_tokens(images, tokens, soft, hard, examples=3):
 
 @torch.no_grad()
 def predictions(model, images, mask, tokenizer=None, token_images=None):
-    """What a masked image model predicts behind the mask (B, h, w), or everywhere if nothing is masked.
+    """What a MaskedImageModel predicts for the masked patches, or for all patches if none is masked.
 
-    images (B, 3, H, W); token_images: the tokenizer's view of them; without a tokenizer: pixels. Returns
-    title -> pictures (B, 3, ., .) and the patches whose token is right, (B, h, w) bool, or None for pixels.
-    The last picture shows the prediction, with the truth around; if the tokenizer has no decoder, the patches
-    with the right token.
+    images (B, 3, H, W), mask (B, h, w) bool; token_images is the tokenizer's view of the images. Without a
+    tokenizer, the model predicts pixels.
+
+    Returns pictures, {title: (B, 3, ., .)}, and correct, (B, h, w) bool: False where the predicted token is
+    wrong; None for pixels. The last picture shows the predictions, with true tokens or pixels at the other
+    patches. If the tokenizer has no decoder, it shows the image with the wrong patches in grey.
     """
-    everywhere = torch.arange(mask.numel(), device=mask.device)
-    outputs = model.eval()(images, mask, everywhere).unflatten(0, mask.shape)    # (B, h, w, V or C P P)
+    all_patches = torch.arange(mask.numel(), device=mask.device)
+    outputs = model.eval()(images, mask, all_patches).unflatten(0, mask.shape)    # (B, h, w, V or 3 P P)
     predicted = mask if mask.any() else torch.ones_like(mask)
-    columns = {"original": images, "masked": hide(images, mask)}
+    pictures = {"original": images, "masked": grey_out(images, mask)}
     if tokenizer is None:
         pixels = torch.where(predicted[..., None], outputs.float(), model.patch_pixels(images))
-        return {**columns, "prediction": model.unpatch_pixels(pixels)}, None
-    true = tokenizer.tokenize(token_images)
-    guess = torch.where(predicted, outputs.argmax(-1), true)
-    right = guess == true
+        return {**pictures, "prediction": model.unpatch_pixels(pixels)}, None
+    true_tokens = tokenizer.tokenize(token_images)
+    tokens = torch.where(predicted, outputs.argmax(-1), true_tokens)
+    correct = tokens == true_tokens
     if tokenizer.decoder is None:
-        return {**columns, "right tokens": hide(images, ~right)}, right
-    columns |= {"tokenizer at best": tokenizer.decode(true), "prediction": tokenizer.decode(guess)}
-    return columns, right
+        return {**pictures, "correct tokens": grey_out(images, ~correct)}, correct
+    pictures["reconstruction"] = tokenizer.decode(true_tokens)
+    pictures["prediction"] = tokenizer.decode(tokens)
+    return pictures, correct
 
 
-def figure_predictions(columns, mask, right=None):
-    """columns: title -> (n, 3, ., .), as predictions gives them; right (n, h, w) bool: tokens that are right.
+@default_style()
+def figure_predictions(pictures, mask, correct=None):
+    """The results of `predictions`, two images in a row. Correct tokens of predicted patches are outlined.
 
-    Right tokens behind mask (n, h, w) bool (all if nothing is masked) are outlined and counted.
+    pictures {title: (n, 3, ., .)}; mask, correct (n, h, w) bool.
     """
-    n, predicted = len(mask), mask if mask.any() else torch.ones_like(mask)
-    rows = math.ceil(n / 2)
-    figure, axes = grid_of_axes(rows, 2 * len(columns), titles=[*columns] * 2, aspect=1.15)
-    for i, images in enumerate(zip(*columns.values())):
-        of_image = np.split(axes[i % rows], 2)[i // rows]
-        for axis, image in zip(of_image, images):
-            show(axis, image)
-        if right is not None:
-            found = (right[i] & predicted[i]).cpu()
-            outline(of_image[-1], found, images[-1].shape[-2:], edgecolor="white", linewidth=1.2)
-            count, asked = int(found.sum()), int(predicted[i].sum())
-            of_image[-1].set_xlabel(f"{count} of {asked}: {count / asked:.0%}", fontsize=8)
-    if right is not None:
-        figure.suptitle("outlined and counted: patches whose token the model found", fontsize=10)
+    predicted = mask if mask.any() else torch.ones_like(mask)
+    rows = math.ceil(len(mask) / 2)
+    figure, axes = make_axes(rows, 2 * len(pictures), titles=[*pictures] * 2, aspect=1.15)
+    axes = np.concatenate(np.split(axes, 2, axis=1))                   # a row of axes for each image
+    for i, row in enumerate(axes[:len(mask)]):
+        of_image = [images[i] for images in pictures.values()]
+        show_images(row, of_image)
+        if correct is not None:
+            outlined = (correct[i] & predicted[i]).cpu()
+            outline_patches(row[-1], outlined, of_image[-1].shape[-2:], color="white", linewidth=1.2)
+            count, total = int(outlined.sum()), int(predicted[i].sum())
+            row[-1].set_xlabel(f"{count} of {total}: {count / total:.0%}", fontsize=8)
+    if correct is not None:
+        figure.suptitle("outlined and counted: patches whose token is predicted correctly", fontsize=10)
     return figure
 
 
-# ---- Self-attention (figure 2) ----
-
-@torch.no_grad()
-def every_attention_map(model, images):
-    """attention_maps of each layer, in one pass: a list of L tensors (B, heads, T, T)."""
-    inputs = [model.add_cls_and_positions(model.embed_patches(images)), *model.hidden_states(images)[:-1]]
-    return [block.attn.attention_weights(block.norm1(x), bias)
-            for block, x, bias in zip(model.blocks, inputs, model.position_biases())]
+def draw_predictions(model, tokenizer, images, token_images, mask):
+    """A figure of what a masked image model predicts, for inputs as `predictions` takes them."""
+    pictures, correct = predictions(model, images, mask, tokenizer, token_images)
+    return figure_predictions(pictures, mask, correct)
 
 
+# ---- Self-attention (Figure 2) ----
+
+@default_style()
 def figure_attention(image, attention, references, grid, title=None):
-    """What reference patches attend to (figure 2): the mean of the heads and each head, a row for each patch.
+    """What reference patches attend to (Figure 2). A row for each, with the mean of the heads and each head.
 
-    image (3, H, W); attention (heads, T, T), row = query, token 0 = [S]; references: (row, column) on the
-    grid (h, w), or "S" for [S]. Each map is scaled to its largest value away from the reference patch.
+    image (3, H, W); attention (heads, 1+N, 1+N) of one layer: row = query, column = key, token 0 = [S]
+    references: a list of (row, column) on the grid (h, w), from 0, or "S" for [S]
+    The brightest colour of a map is its largest value outside of the reference patch.
     """
-    (H, W), heads = image.shape[-2:], [f"head {i + 1}" for i in range(len(attention))]
-    labels = ["[S]" if reference == CLS else "patch {},{}".format(*reference) for reference in references]
-    figure, axes = grid_of_axes(len(references), 2 + len(heads), labels, ["", "mean of heads", *heads],
-                                max(9, 2 + len(heads)), H / W)
+    (H, W), (h, w) = image.shape[-2:], grid
+    row_labels = ["[S]" if reference == CLS else "patch {},{}".format(*reference) for reference in references]
+    titles = ["", "mean of heads", *[f"head {i + 1}" for i in range(len(attention))]]
+    figure, axes = make_axes(len(references), len(titles), row_labels, titles, max(9, len(titles)), H / W)
     figure.suptitle(title, fontsize=10)
+    grey, pixels = image.float().mean(dim=0).cpu().numpy(), (-0.5, W - 0.5, H - 0.5, -0.5)
     for reference, row in zip(references, axes):
-        maps = reference_maps(attention, reference, grid)
-        show(row[0], image)
-        for axis, heat in zip(row[1:], torch.cat([maps.mean(0, keepdim=True), maps])):
-            overlay(axis, image, heat, reference)
+        show_image(row[0], image)
+        query = 0 if reference == CLS else 1 + reference[0] * w + reference[1]
+        maps = attention[:, query, 1:].float().cpu().unflatten(1, grid)    # (heads, h, w)
+        for axis, heatmap in zip(row[1:], [maps.mean(dim=0), *maps]):
+            others = heatmap.clone()
+            if reference != CLS:
+                others[reference] = 0
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=pixels)
+            axis.imshow(heatmap.numpy(), cmap="inferno", alpha=0.7, interpolation="bicubic",
+                        extent=pixels, vmin=0, vmax=max(1e-12, others.max().item()))
         if reference != CLS:
-            x, y = (reference[1] + 0.5) * W / grid[1] - 0.5, (reference[0] + 0.5) * H / grid[0] - 0.5
+            x, y = (reference[1] + 0.5) * W / w - 0.5, (reference[0] + 0.5) * H / h - 0.5
             for axis in row:
                 axis.plot(x, y, "o", color="deepskyblue", markeredgecolor="white", markersize=5)
     return figure
 
 
-def reference_maps(attention, reference, grid):
-    """attention (heads, T, T) of one reference to the patches: (heads, h, w)."""
-    query = 0 if reference == CLS else 1 + reference[0] * grid[1] + reference[1]
-    return attention[:, query, 1:].unflatten(1, grid)
-
-
-def overlay(axis, image, heat, reference):
-    """heat (h, w) in colours over a grey image (3, H, W); brightest: the largest off the reference patch."""
-    H, W = image.shape[-2:]
-    others = heat.float().clone()
-    if reference != CLS:
-        others[reference] = 0
-    place = dict(extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-    axis.imshow(image.float().mean(0).cpu().numpy(), cmap="gray", vmin=0, vmax=1, **place)
-    axis.imshow(heat.float().cpu().numpy(), cmap="inferno", alpha=0.7, vmin=0,
-                vmax=max(1e-12, others.max().item()), interpolation="bicubic", **place)
-
-
-def attention_distances(maps, grid, patch_size):
-    """Mean distance in pixels from a patch to those it attends to: L of (B, heads, T, T) -> (L, heads)."""
-    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])) * float(patch_size)
-    apart = torch.cdist(places, places)                                # (N, 2) -> (N, N)
-    patches = [one[:, :, 1:, 1:].float().cpu() for one in maps]
-    return torch.stack([((one * apart).sum(-1) / one.sum(-1)).mean((0, 2)) for one in patches])
-
-
-def object_attention(maps, cover, near=None):
-    """Attention of patches on an object to that object, over the object's share of the image: (L,).
-
-    maps: a list of L (B, heads, T, T), averaged over heads. cover (B, h, w): the share of each patch that the
-    image's object covers; patches covered by half or more are the queries. 1 = the object makes no
-    difference. near: leave out keys within so many rows and columns of the query, from both shares.
-    """
-    B, h, w = cover.shape
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()            # (N, 2)
-    steps = torch.cdist(places, places, p=math.inf)                    # (N, N), rows or columns apart
-    counted = (steps > (-1 if near is None else near)).float()
-    cover = cover.flatten(1).float()                                   # (B, N)
-    area = cover @ counted / counted.sum(1)                            # (B, N), the object's share by query
-    queries = (cover >= 0.5) & (area > 0)
-    ratios = []
-    for one in maps:
-        attention = one[:, :, 1:, 1:].float().cpu().mean(1) * counted  # (B, N, N)
-        share = torch.einsum("bqk,bk->bq", attention, cover) / attention.sum(-1).clamp(min=1e-12)
-        ratios.append((share / area.clamp(min=1e-12))[queries].mean())
-    return torch.stack(ratios)
-
-
+@default_style()
 def figure_by_layer(panels, ylabel):
-    """panels: title -> {label: numbers of each layer, (L,), or of each head, (L, heads)}."""
-    figure = Figure(figsize=(4.4 * len(panels) + 0.6, 3.8), layout="constrained")
+    """Lines over layers, for panels {title: {label: (L,)}}. The value at index 0 is that of layer 1."""
+    figure = StyledFigure(figsize=(4.4 * len(panels) + 0.6, 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    styles = {label: dict(color=colour, marker="os^Dvx*"[i % 7], markersize=5)
+              for i, (label, colour) in enumerate(zip(labels, line_colours(len(labels))))}
     for axis, (title, lines) in zip(axes, panels.items()):
-        for i, ((label, values), marker) in enumerate(zip(lines.items(), "os^Dvx*")):
-            layers, values = range(1, len(values) + 1), torch.as_tensor(values)
-            if values.dim() == 2:
-                axis.plot(layers, values, marker, color=f"C{i}", markersize=4, alpha=0.5)
-                values = values.mean(1)
-            axis.plot(layers, values, f"{marker}-", color=f"C{i}", markersize=5, label=legend_label(label))
+        for label, values in lines.items():
+            layers = range(1, len(values) + 1)
+            axis.plot(layers, values, **styles[label])
         axis.set(title=title, xlabel="layer", xticks=layers)
     axes[0].set_ylabel(ylabel)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    handles = [Line2D([], [], **styles[label], label=legend_label(label)) for label in labels]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-# ---- Positions and curves ----
+# ---- Positions (sec. 2.2) ----
 
-def figure_positions(model):
-    """E_pos: the cosine similarity of one patch's embedding to all others, for some patches.
+def figure_position_embeddings(embeddings, grid):
+    """Cosine similarity of the position embedding of a patch to all others, for at most 7 x 7 patches.
 
-    Relative position bias: each head's bias by offset of the key from the query, zero offset in the centre; a
-    row for each table.
+    embeddings: E_pos (N, D) of the patches, without [S]; grid (h, w).
     """
-    (h, w), config = model.config.grid, model.config
-    if config.position == "absolute":
-        E = F.normalize(model.pos_embed[0, 1:].detach().float(), dim=-1)
-        similarity = (E @ E.t()).view(h, w, h, w).cpu()
-        rows, columns = (np.linspace(0, side - 1, min(side, 7)).round().astype(int) for side in (h, w))
-        pictures = {f"row {row}": [similarity[row, column] for column in columns] for row in rows}
-        titles, largest = [f"column {column}" for column in columns], 1
-        headline = "cosine similarity of position embeddings, by patch"
-    else:
-        tables = [value.detach().float().cpu() for name, value in model.named_parameters()
-                  if name.endswith("relative_position_bias_table")]
-        labels = [f"layer {i + 1}" for i in range(len(tables))] if len(tables) > 1 else ["all layers"]
-        pictures = {label: table[:-3].t().unflatten(1, (2 * h - 1, 2 * w - 1)).flip(1, 2)
-                    for label, table in zip(labels, tables)}
-        titles = [f"head {i + 1}" for i in range(config.heads)]
-        largest = max(picture.abs().max().item() for picture in pictures.values()) or 1
-        headline = "relative position bias, by offset of the key from the query"
-    width = max(5, min(12, 1.8 * len(titles)))
-    figure, axes = grid_of_axes(len(pictures), len(titles), pictures, titles, width)
-    for row, axes_of_row in zip(pictures.values(), axes):
-        for axis, picture in zip(axes_of_row, row):
-            drawn = axis.imshow(picture.numpy(), cmap="PuOr", vmin=-largest, vmax=largest)
-    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    h, w = grid
+    embeddings = F.normalize(embeddings.float(), dim=-1)
+    similarity = (embeddings @ embeddings.t()).view(h, w, h, w)
+    rows, columns = (np.linspace(0, side - 1, min(side, 7)).round().astype(int) for side in grid)
+    return figure_maps(similarity[rows][:, columns], [f"row {row}" for row in rows],
+                       [f"column {column}" for column in columns],
+                       "cosine similarity of position embeddings, by patch")
+
+
+def figure_position_biases(tables, grid):
+    """The bias of each head by offset of the key from the query, with offset zero in the centre.
+
+    tables: relative position bias of each layer or of all, (1 or L, (2h-1)(2w-1) + 3, heads); grid (h, w).
+    """
+    h, w = grid
+    biases = tables[:, :-3].float().transpose(1, 2).unflatten(2, (2 * h - 1, 2 * w - 1))
+    biases = biases.flip(2, 3)                                         # tables have query minus key
+    row_labels = [f"layer {i + 1}" for i in range(len(tables))] if len(tables) > 1 else ["all layers"]
+    return figure_maps(biases, row_labels, [f"head {i + 1}" for i in range(biases.shape[1])],
+                       "relative position bias, by offset of the key from the query")
+
+
+@default_style()
+def figure_maps(maps, row_labels, titles, headline):
+    """Maps (rows, columns, height, width); zero is white and the largest absolute value is dark."""
+    largest = maps.abs().max().item() or 1
+    figure, axes = make_axes(*maps.shape[:2], row_labels, titles, width=max(5, min(12, 1.8 * len(titles))))
+    for axis, values in zip(axes.flat, maps.flatten(0, 1).cpu().numpy()):
+        heatmap = axis.imshow(values, cmap="PuOr", vmin=-largest, vmax=largest)
+    figure.colorbar(heatmap, ax=axes, shrink=0.8)
     figure.suptitle(headline, fontsize=10)
     return figure
 
 
-def read_runs(folders):
-    """folder -> lines of its metrics.jsonl. UserError names a file that is absent or not a log."""
-    runs = {}
-    for folder in folders:
-        file = Path(folder) / "metrics.jsonl"
-        try:
-            lines = file.read_text().split("\n")[:-1]                  # the last may still be written
-            runs[str(folder)] = [dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"--runs: {file} is not the log of a training script ({error})") from None
-    return runs
+# ---- Learning curves ----
+
+PANELS = {    # title: values in metrics.jsonl
+    "loss": ("loss", "val_loss", "unigram_entropy", "chance_loss", "mean_loss"),
+    "accuracy": ("accuracy", "val_accuracy", "val_top1", "val_mean_iou", "majority_accuracy"),
+    "learning rate": ("lr",), "images per second": ("images_per_second",)}
+BASELINES = {"unigram_entropy": "--", "chance_loss": ":", "mean_loss": "-.", "majority_accuracy": "--"}
 
 
-PANELS = {"loss, nats": ("loss", "val_loss", "unigram_entropy", "chance_loss", "mean_loss"),
-          "accuracy": ("accuracy", "val_accuracy", "val_top1", "val_mean_iou", "majority_accuracy"),
-          "learning rate": ("lr",), "images a second": ("images_per_second",)}
-BASELINES = {"unigram_entropy": "--", "chance_loss": ":", "mean_loss": "--", "majority_accuracy": "--"}
+def read_log(folder):
+    """The lines of metrics.jsonl in the folder of a run, a list of dicts. Raises UserError."""
+    file = Path(folder) / "metrics.jsonl"
+    try:
+        lines = file.read_text().split("\n")[:-1]                      # the last may be half written
+        log = [json.loads(line) for line in lines]
+        if not all(isinstance(line, dict) and "step" in line for line in log):
+            raise ValueError("a line without a step")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--runs: {file} is not the log of a training script ({error})") from None
+    return log
 
 
-def figure_curves(runs):
-    """runs: label -> list of dicts, as read_runs gives them. Loss, accuracy, learning rate, throughput by
-    step: training as lines, held-out images as points, baselines that ignore the image as dashed lines."""
-    figure = Figure(figsize=(11, 6.4 + 0.2 * len(runs)), layout="constrained")
+@default_style()
+def figure_curves(logs):
+    """Loss, accuracy, learning rate and speed by step. logs: {label: list of dicts as of `read_log`}."""
+    figure = StyledFigure(figsize=(11, 6.4 + 0.2 * len(logs)), layout="constrained")
+    colours = line_colours(len(logs))
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for number, (label, log) in enumerate(runs.items()):
+        for colour, log in zip(colours, logs.values()):
             for name in names:
-                points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
-                if not points:
-                    continue
-                steps, values = np.array(points).T
-                if name in BASELINES:
-                    axis.axhline(values[-1], color=f"C{number}" if len(runs) > 1 else "black", linewidth=1,
-                                 linestyle=BASELINES[name], label=None if number else name.replace("_", " "))
-                elif name.startswith("val_"):
-                    axis.plot(steps, values, "o", color=f"C{number}", markeredgecolor="black", markersize=5)
-                else:
-                    axis.plot(steps, values, color=f"C{number}", linewidth=0.5, alpha=0.35)
-                    axis.plot(steps, smooth(values, len(values) // 40), color=f"C{number}", linewidth=1.5)
+                draw_curve(axis, log, name, colour)
         axis.set(title=title, xlabel="step")
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, fontsize=8)
+        lines, labels = axis.get_legend_handles_labels()
+        if labels:
+            baselines = dict(zip(labels, lines))                       # of several logs, one each
+            axis.legend(baselines.values(), baselines.keys(), frameon=False, fontsize=8)
         if not axis.lines:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
-    handles = [axis.plot([], [], color=f"C{number}", label=legend_label(label))[0]
-               for number, label in enumerate(runs)]
+    handles = [Line2D([], [], color=colours[i], label=legend_label(label)) for i, label in enumerate(logs)]
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
-    figure.suptitle("lines: training; points: held-out images; dashed: baselines", fontsize=10)
+    figure.suptitle("lines: training; points: held-out images; dashed or dotted: baselines", fontsize=10)
     return figure
 
 
-def smooth(values, width):
-    """Centred moving mean over width // 2 values on either side."""
-    reach = width // 2
-    return np.array([values[max(0, i - reach):i + reach + 1].mean() for i in range(len(values))])
+def draw_curve(axis, log, name, colour):
+    """Draw the values of this name in a log, if any."""
+    points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+    if not points:
+        return
+    steps, values = np.array(points, dtype=float).T
+    if name in BASELINES:
+        label = name.replace("_", " ")
+        axis.axhline(values[-1], color=colour, linewidth=1, linestyle=BASELINES[name], label=label)
+    elif name.startswith("val_"):
+        axis.plot(steps, values, "o", color=colour, markeredgecolor="black", markersize=5)
+    else:
+        axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
+        reach = len(values) // 80                                      # of a centred moving mean
+        smooth = F.avg_pool1d(torch.tensor(values)[None], 2 * reach + 1, 1, reach, count_include_pad=False)[0]
+        axis.plot(steps, smooth, color=colour, linewidth=1.5)
 
 
 # ---- Results of fine-tuning (sec. 2.6) ----
 
+@default_style()
 def figure_classes(images, labels, probabilities, classes):
-    """Images (3, H, W) beside bars of their three most likely classes; the right one is dark."""
-    rows = math.ceil(len(images) / 4)
-    figure, axes = grid_of_axes(rows, 8, width=13, width_ratios=[1, 1.1] * 4)
-    for (picture, bars), image, label, share in zip(axes.reshape(-1, 2), images, labels, probabilities):
-        show(picture, image, classes[label])
-        top = share.topk(min(3, len(classes)))
-        for place, k, value in zip((3, 2, 1), top.indices.tolist(), top.values.tolist()):
-            bars.barh(place, value, height=0.5, color="tab:blue" if k == label else "lightsteelblue")
-            bars.text(0, place + 0.3, f"{classes[k]}  {value:.0%}", fontsize=8, va="bottom")
+    """Images with their class, and bars of the three likeliest classes, where the true class is dark.
+
+    images (n, 3, H, W), labels (n,), probabilities (n, classes), classes: their names.
+    """
+    figure, axes = make_axes(math.ceil(len(images) / 4), 8, width=13, width_ratios=[1, 1.1] * 4)
+    for (picture, bars), image, label, shares in zip(axes.reshape(-1, 2), images, labels, probabilities):
+        show_image(picture, image, classes[label])
+        shares, likeliest = shares.topk(min(3, len(classes)))
+        for y, k, share in zip((3, 2, 1), likeliest.tolist(), shares.tolist()):
+            bars.barh(y, share, height=0.5, color="tab:blue" if k == label else "lightsteelblue")
+            bars.text(0, y + 0.3, f"{classes[k]}  {share:.0%}", fontsize=8, va="bottom")
         bars.set(xlim=(0, 1), ylim=(0.5, 4.1))
     return figure
 
 
+@default_style()
 def figure_segments(images, maps, predicted, classes):
-    """Images (3, H, W), their class maps (H, W) and the predicted maps, with the classes that occur."""
-    figure, axes = grid_of_axes(math.ceil(len(images) / 2), 6, (), ("image", "truth", "prediction") * 2, 9.5)
-    palette = hsv_to_rgb([(k * 0.61803 % 1, 0.9 - 0.2 * (k // 12 % 3), 0.95 - 0.25 * (k // 36 % 3))
-                          for k in range(256)])
-    palette[0], palette[1:11], palette[data.IGNORE] = 0, matplotlib.colormaps["tab10"].colors, 1
-    for three, image, *both in zip(axes.reshape(-1, 3), images, maps, predicted):
-        show(three[0], image)
-        for axis, some in zip(three[1:], both):
-            axis.imshow(palette[some.long().numpy()], interpolation="nearest")
-    occurring = sorted({int(k) for some in (*maps, *predicted) for k in some.unique()} - {data.IGNORE})
-    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=legend_label(classes[k])) for k in occurring]
+    """Images, their class maps and the predicted maps, with a legend of the classes that occur.
+
+    images: n of (3, H, W); maps, predicted: n of (H, W), integers. classes: names. IGNORE is white.
+    """
+    titles = ("image", "truth", "prediction") * 2
+    figure, axes = make_axes(math.ceil(len(images) / 2), len(titles), titles=titles, width=9.5)
+    palette, occurring = class_colours(), set()
+    for axes_of_image, image, *class_maps in zip(axes.reshape(-1, 3), images, maps, predicted):
+        show_image(axes_of_image[0], image)
+        for axis, class_map in zip(axes_of_image[1:], class_maps):
+            axis.imshow(palette[class_map.long().cpu().numpy()], interpolation="nearest")
+            occurring |= set(class_map.unique().tolist()) - {IGNORE}
+    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=legend_label(classes[k]))
+               for k in sorted(occurring)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     return figure
 
 
-# ---- The whole method (figure 1) ----
+def class_colours():
+    """A different colour for each number in a class map, (256, 3). 0 is black, IGNORE is white."""
+    k = np.arange(256)
+    saturation, value = 0.9 - 0.2 * (k // 12 % 3), 0.95 - 0.25 * (k // 36 % 3)
+    palette = hsv_to_rgb(np.stack([k * GOLDEN_RATIO % 1, saturation, value], axis=-1))
+    palette[0], palette[1:11], palette[IGNORE] = 0, matplotlib.colormaps["tab10"].colors, 1
+    return palette
 
-def figure_pipeline(crop, mask, tokens, predicted, decoded, decoded_prediction):
-    """One image through sec. 2: above, the patches' view; below, the tokenizer's.
 
-    crop (3, H, W); mask (h, w) bool; tokens and predicted (h, w) int64; decoded and decoded_prediction
-    (3, ., .): the decoder's pictures of the tokens, and of the predicted ones with the true ones around.
+# ---- The whole method (Figure 1) ----
+
+@default_style()
+def figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction):
+    """One image through sec. 2: above, the view of the Vision Transformer; below, that of the tokenizer.
+
+    image (3, H, W); mask (h, w) bool; tokens, predicted (h, w) int64: true and predicted tokens;
+    reconstruction, prediction (3, ., .): decoded true tokens, and predicted ones among true ones.
     """
-    grid, (H, W), mask = mask.shape, crop.shape[-2:], torch.as_tensor(mask)
-    found, white = (predicted == tokens) & mask, torch.ones(3, *mask.shape)
-    labels = "patches (Vision Transformer)", "visual tokens (discrete VAE)"
-    figure, axes = grid_of_axes(2, 9, labels, width=12, aspect=1.6, width_ratios=(1, 0.28) * 4 + (1,))
+    h, w = mask.shape
+    correct, white = (predicted == tokens) & mask, torch.ones(3, h, w)
+    row_labels = "patches (Vision Transformer)", "visual tokens (discrete VAE)"
+    figure, axes = make_axes(2, 9, row_labels, width=12, aspect=1.6, width_ratios=(1, 0.28) * 4 + (1,))
+    (above, below), (arrows_above, arrows_below) = axes[:, ::2], axes[:, 1::2]    # arrows between pictures
 
-    def arrow(axis, start, end, words=""):
-        axis.annotate("", xy=end, xytext=start, xycoords="axes fraction",
-                      arrowprops=dict(arrowstyle="-|>", lw=1.3))
-        axis.text(0.5, 0.56, words, ha="center", va="bottom", fontsize=8, transform=axis.transAxes)
+    show_image(above[0], image, "one crop of the image")
+    show_image(above[1], image, f"{h}×{w} patches")
+    outline_patches(above[1], torch.ones(h, w), image.shape[-2:], color="white", linewidth=2)
+    show_image(above[2], grey_out(image, mask), f"{int(mask.sum())} of them masked")
+    show_image(above[3], torch.where(mask, token_colours(predicted), white), "predicted tokens")
+    for color, linewidth in (("black", 3), ("white", 1.2)):            # visible on any colour
+        outline_patches(above[3], correct, (h, w), color, linewidth)
+    show_image(above[4], prediction, "decoded, with true\ntokens elsewhere")
 
-    show(axes[0][0], crop, "one crop of the image")
-    show(axes[0][2], crop, f"{grid[0]}×{grid[1]} patches")
-    outline(axes[0][2], np.ones(grid), (H, W), edgecolor="white", linewidth=2)
-    show(axes[0][4], hide(crop, mask), f"{int(mask.sum())} of them masked")
-    show(axes[0][6], torch.where(mask, token_colours(predicted), white), "predicted tokens")
-    for colour, width in (("black", 3), ("white", 1.2)):               # to be seen on any colour
-        outline(axes[0][6], found, grid, edgecolor=colour, linewidth=width)
-    show(axes[0][8], decoded_prediction, "decoded, with the\ntrue tokens around")
+    small = F.interpolate(image[None].float(), reconstruction.shape[-2:], mode="bilinear", antialias=True)[0]
+    show_image(below[0], small, f"the same crop,\n{small.shape[1]}×{small.shape[2]} pixels")
+    show_image(below[1], token_colours(tokens), "visual tokens")
+    show_image(below[2], torch.where(mask, token_colours(tokens), white), "tokens to predict")
+    below[3].text(0.5, 0.5, f"cross-entropy\nat masked patches\n\n{int(correct.sum())} of {int(mask.sum())} "
+                  "correct\n(outlined above)", ha="center", va="center", transform=below[3].transAxes)
+    show_image(below[4], reconstruction, "all true tokens, decoded:\nthe best possible")
 
-    small = F.interpolate(crop[None].float(), size=decoded.shape[-2:], mode="bilinear", antialias=True)[0]
-    show(axes[1][0], small, f"the same crop,\n{small.shape[1]}×{small.shape[2]} pixels")
-    show(axes[1][2], token_colours(tokens), "visual tokens")
-    show(axes[1][4], torch.where(mask, token_colours(tokens), white), "those to predict")
-    axes[1][6].text(0.5, 0.5, f"cross-entropy\nat masked places\n\n{int(found.sum())} of {int(mask.sum())} "
-                    f"right\n(outlined above)", ha="center", va="center", transform=axes[1][6].transAxes)
-    show(axes[1][8], decoded, "all true tokens, decoded:\nthe best possible")
-    for axis in (axes[0][6], axes[1][4]):
-        outline(axis, np.ones((1, 1)), grid, edgecolor="grey", linewidth=1)
-    for axis, words in zip(axes[0][1::2], ("cut", "mask", "ViT,\nsoftmax", "dVAE\ndecoder")):
-        arrow(axis, (-0.1, 0.5), (1.1, 0.5), words)
-    for axis, words in zip(axes[1][1:6:2], ("dVAE\nencoder", "mask", "")):
-        arrow(axis, (-0.1, 0.5), (1.1, 0.5), words)
-    arrow(axes[1][6], (0.5, 1.22), (0.5, 0.78))
+    for axis in (above[3], below[2]):
+        outline_patches(axis, torch.ones(1, 1), (h, w), color="grey", linewidth=1)
+    for axis, words in zip(arrows_above, ("cut", "mask", "ViT,\nsoftmax", "dVAE\ndecoder")):
+        draw_arrow(axis, (-0.1, 0.5), (1.1, 0.5), words)
+    for axis, words in zip(arrows_below, ("dVAE\nencoder", "mask", "")):
+        draw_arrow(axis, (-0.1, 0.5), (1.1, 0.5), words)
+    draw_arrow(below[3], (0.5, 1.22), (0.5, 0.78))
     return figure
 
 
-# ---- Loading ----
+def draw_arrow(axis, start, end, words=""):
+    """Draw an arrow between two points (x, y), from 0 to 1 on the axes, with words above it."""
+    arrow = dict(arrowstyle="-|>", lw=1.3)
+    axis.annotate("", xy=end, xytext=start, xycoords="axes fraction", arrowprops=arrow)
+    axis.text(0.5, 0.56, words, ha="center", va="bottom", fontsize=8, transform=axis.transAxes)
 
-def open_model(path, wanted=None, flag="--init"):
-    """The model in a checkpoint. wanted: a class that it must be. UserError."""
-    try:
-        model, _ = weights.build(path)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}; `python pretrain.py` leaves a model.pt that would do") from None
-    if wanted and not isinstance(model, wanted):
-        raise UserError(f"{flag}: {path} holds a {type(model).__name__}, not a {wanted.__name__}; a model.pt "
-                        "of pretrain.py would do")
+
+# ---- Command line: loading ----
+
+def open_model(path, model_class=vit.VisionTransformer):
+    """The model in a checkpoint, in evaluation mode. Raises UserError unless it is a model_class."""
+    if not Path(path).exists():
+        raise UserError(f"--init: {path} does not exist; `python pretrain.py` writes a model.pt")
+    model = weights.load_model(path)
+    if not isinstance(model, model_class):
+        raise UserError(f"--init: {path} must be a {model_class.__name__}, got {type(model).__name__}")
     return model
 
 
 def open_tokenizer(args):
-    """(DiscreteVAE, its file) of --tokenizer, or of --init's run. UserError without a decoder."""
-    path, config = args.tokenizer, Path(args.init).with_name("config.json")
-    if not path and config.is_file():
-        path = json.loads(config.read_text()).get("tokenizer")
-    path = Path(path or Path(args.init).with_name("tokenizer") / "model.pt")
-    if not path.is_file():
-        raise UserError(f"--tokenizer: {path} is not there; `python pretrain.py` leaves one, or --tokenizer "
-                        "FILE names a model.pt of dvae.py or DALL-E's encoder.pkl")
+    """(DiscreteVAE, its path) of --tokenizer or of the run of --init. Raises UserError without a decoder."""
+    run = Path(args.init).parent
+    path = args.tokenizer or weights.read_json(run / "config.json").get("tokenizer")
+    path = Path(path or run / "tokenizer/model.pt")                    # the one that the run trained itself
+    if not path.exists():
+        raise UserError(f"--tokenizer: {path} does not exist; `python pretrain.py` writes one")
     tokenizer = weights.load_tokenizer(path)
     if tokenizer.decoder is None:
-        raise UserError(f"--tokenizer: {path} has no decoder beside it (decoder.pkl), which pictures need")
+        raise UserError(f"--tokenizer: {path} needs a decoder.pkl beside it, to draw what tokens stand for")
     return tokenizer, path
 
 
-def open_pictures(args, count):
-    """PIL images: the files of --images, or the first held-out images of --data. UserError."""
+def open_images(args, num_images):
+    """PIL images: the files of --images, or num_images held-out images of --data. Raises UserError."""
     try:
         if args.images:
-            return [data.open_image(path) for path in args.images]
+            return [open_image(path) for path in args.images]
         _, held_out = data.open_splits(args.data, args.data_root)
-        return [data.read(held_out, index)[0] for index in range(args.first, args.first + count)]
-    except data.BadFile as error:
+        return [data.read_sample(held_out, args.first + i)[0] for i in range(num_images)]
+    except BadFile as error:
         raise UserError(f"--images: {error}") from None
 
 
-def squares(pictures, side):
-    """The largest centred square of each, resized: (n, 3, side, side) in [0, 1]."""
-    resized = [picture.resize((side, side), Image.BICUBIC, box=data.centre_box(*picture.size))
-               for picture in pictures]
-    return torch.stack([data.to_float(transforms.pil_to_tensor(picture)) for picture in resized])
+def count_masked(args, grid):
+    """The number of patches that --ratio masks. Raises UserError if these are none or all."""
+    num_masked, patches = number_to_mask(args.ratio, grid), math.prod(grid)
+    if not 1 <= num_masked < patches:
+        raise UserError(f"--ratio: must mask at least 1 and at most {patches - 1} of {patches} patches, "
+                        f"{args.ratio:g} masks {num_masked}")
+    return num_masked
 
 
-def at_size(model, image_hw):
-    """The backbone of a model for images of (H, W) pixels, its positions resized."""
-    if image_hw == model.config.image_hw:
-        return model
-    other = vit.VisionTransformer(dataclasses.replace(model.config, image_size=image_hw))
-    state = vit.resize_positions(model.state_dict(), other.config, model.config.grid)
-    other.load_state_dict(state, strict=False)                         # heads are left out
-    return other.eval()
+def open_masked(args, num_images):
+    """(model, tokenizer, images (n, 3, H, W), the tokenizer's view of them, blockwise masks (n, h, w)).
 
-
-def number_to_mask(args, grid):
-    """How many patches --ratio is on a grid. UserError where that is none or all."""
-    if not (0 < args.ratio < 1 and int(args.ratio * math.prod(grid)) >= 1):
-        raise UserError(f"--ratio: between 0 and 1 so that some of the {math.prod(grid)} patches are masked "
-                        f"and some are not, not {args.ratio:g}")
-    return int(args.ratio * math.prod(grid))
-
-
-def open_masked(args, count):
-    """(model, tokenizer, images (n, 3, H, W), the tokenizer's view, blockwise masks (n, h, w)). UserError."""
+    Raises UserError if the model predicts the tokens of another tokenizer, or its images are not square.
+    """
     model = open_model(args.init, vit.MaskedImageModel)
     tokenizer, path = open_tokenizer(args)
     if tokenizer.vocab_size != model.lm_head.out_features:
-        raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, the model predicts "
+        raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, the model of --init predicts "
                         f"{model.lm_head.out_features}")
-    grid = model.config.grid
-    if grid[0] != grid[1]:
-        raise UserError(f"--init: a model for squares, not for {grid[0]}x{grid[1]} patches")
-    pictures, rng = open_pictures(args, count), np.random.default_rng(args.seed)
-    masks = [blockwise_mask(grid, number_to_mask(args, grid), rng) for _ in pictures]
-    return (model, tokenizer, squares(pictures, model.config.image_hw[0]),
-            squares(pictures, grid[0] * tokenizer.downsample), torch.from_numpy(np.stack(masks)))
+    h, w = grid = model.config.grid
+    if h != w:
+        raise UserError(f"--init: {args.init} must be a model for square images, got one for {h}x{w} patches")
+    images, rng = open_images(args, num_images), np.random.default_rng(args.seed)
+    masks = [blockwise_mask(grid, count_masked(args, grid), rng) for _ in images]
+    return (model, tokenizer, data.prepare_images(images, model.config.image_hw[0]),
+            data.prepare_images(images, h * tokenizer.downsample), torch.from_numpy(np.stack(masks)))
 
 
-# ---- Command line: a function for each WHAT, args -> Figure ----
+def resize_model(model, image_hw):
+    """The backbone of a model for images of (H, W) pixels, with its positions resized."""
+    if image_hw == model.config.image_hw:
+        return model
+    resized = vit.VisionTransformer(dataclasses.replace(model.config, image_size=image_hw))
+    state = weights.resize_positions(model.state_dict(), resized.config, model.config.grid)
+    resized.load_state_dict(state, strict=False)                       # without the head of the model
+    return resized.eval()
 
-def masks(args):
+
+def parse_patch(name, grid):
+    """The patch that --patch names: (row, column) on the grid (h, w), or CLS. Raises UserError."""
+    patches = {CLS: CLS, **{f"{row},{column}": (row, column) for row, column in np.ndindex(grid)}}
+    if name not in patches:
+        h, w = grid
+        raise UserError(f"--patch: must be S, or ROW,COLUMN from 0,0 to {h - 1},{w - 1} here, got {name}")
+    return patches[name]
+
+
+# ---- Command line: a function for each WHAT; its docstring is the help ----
+
+def plot_masks(args):
     """blockwise masks beside random ones, and how often each patch is masked"""
-    pictures, rng = open_pictures(args, args.count), np.random.default_rng(args.seed)
-    num_masked, masks, coverage = number_to_mask(args, args.grid), {}, {}
-    for label, draw in (("blockwise", blockwise_mask), ("random", random_mask)):
-        masks[label] = [draw(args.grid, num_masked, rng) for _ in pictures]
-        coverage[label] = np.mean([draw(args.grid, num_masked, rng) for _ in range(10_000)], axis=0)
-    return figure_masks(squares(pictures, max(112, *args.grid)), masks, coverage)
+    images, rng = open_images(args, args.count), np.random.default_rng(args.seed)
+    num_masked, masks, coverage = count_masked(args, args.grid), {}, {}
+    for label, draw_mask in MASKS.items():
+        if label != "none":
+            masks[label] = [draw_mask(args.grid, num_masked, rng) for _ in images]
+            coverage[label] = np.mean([draw_mask(args.grid, num_masked, rng) for _ in range(10_000)], axis=0)
+    return figure_masks(data.prepare_images(images, max(112, *args.grid)), masks, coverage)
 
 
 @torch.no_grad()
-def tokens(args):
-    """images, their token grids, both reconstructions, and the most used codes"""
+def plot_tokens(args):
+    """images, their visual tokens and reconstructions, and patches of the most frequent codes"""
     tokenizer, path = open_tokenizer(args)
-    config = path.with_name("config.json")
-    trained = json.loads(config.read_text())["image_size"] if config.is_file() else 112    # DALL-E, sec. 2.1
-    side = args.size or trained
-    if side % tokenizer.downsample:
-        raise UserError(f"--size: a multiple of {tokenizer.downsample} for this tokenizer, not {side}")
-    images = squares(open_pictures(args, max(args.count, 64)), side)
-    found = torch.cat([tokenizer.tokenize(some) for some in images.split(32)])
+    config = weights.read_json(path.with_name("config.json"))
+    size = args.size or config.get("image_size", 112)                  # 112 for DALL-E's (sec. 2.1)
+    if size % tokenizer.downsample:
+        raise UserError(f"--size: must be a multiple of {tokenizer.downsample} for {path}, got {size}")
+    images = data.prepare_images(open_images(args, max(args.count, 64)), size)
+    tokens = torch.cat([tokenizer.tokenize(batch) for batch in images.split(32)])
     soft = tokenizer(images[:args.count], 1 / 16).images
-    return figure_tokens(images, found, soft, tokenizer.decode(found[:args.count]))
+    return figure_tokens(images, tokens, soft, tokenizer.decode(tokens[:args.count]))
 
 
-def predict(args):
-    """masked images, the tokenizer's best, and the model's prediction"""
-    model, tokenizer, images, token_images, mask = open_masked(args, args.count)
-    columns, right = predictions(model, images, mask, tokenizer, token_images)
-    return figure_predictions(columns, mask, right)
+def plot_predictions(args):
+    """masked images, their reconstructions by the tokenizer, and the model's predictions"""
+    return draw_predictions(*open_masked(args, args.count))
 
 
 @torch.no_grad()
-def pipeline(args):
-    """one image through the whole method (figure 1)"""
+def plot_pipeline(args):
+    """one image through the whole method (Figure 1)"""
     model, tokenizer, images, token_images, mask = open_masked(args, 1)
-    columns, _ = predictions(model, images, mask, tokenizer, token_images)
+    pictures, _ = predictions(model, images, mask, tokenizer, token_images)
     predicted = model(images, mask, torch.arange(mask.numel())).argmax(-1).view(mask.shape)
     return figure_pipeline(images[0], mask[0], tokenizer.tokenize(token_images)[0], predicted[0],
-                           columns["tokenizer at best"][0], columns["prediction"][0])
+                           pictures["reconstruction"][0], pictures["prediction"][0])
 
 
 @torch.no_grad()
-def attention(args):
-    """self-attention of reference patches over the image (figure 2)"""
-    model, picture = open_model(args.init), open_pictures(args, 1)[0]
+def plot_attention(args):
+    """self-attention of reference patches over an image, by head (Figure 2)"""
+    model = open_model(args.init)
     P, depth = model.config.patch_size, model.config.depth
-    side = args.size or model.config.image_hw[0]
-    if side % P:
-        raise UserError(f"--size: a multiple of the patch size {P}, not {side}")
-    layer = args.layer - 1 if args.layer > 0 else depth + args.layer
-    if not 0 <= layer < depth or args.layer == 0:
-        raise UserError(f"--layer: 1 to {depth}, or -1 for the last, not {args.layer}")
-    image = transforms.resize(transforms.pil_to_tensor(picture), side, Image.BICUBIC)
-    image = data.to_float(transforms.center_crop(image, [length // P * P for length in image.shape[-2:]]))
-    model = at_size(model, tuple(image.shape[-2:]))
-    grid = h, w = model.config.grid
-    references = [reference_of(text, grid) for text in args.patch]
-    references = references or [(h // 2, w // 2), (h // 3, w // 3), (2 * h // 3, 2 * w // 3)]
-    return figure_attention(image, model.attention_maps(image[None], layer)[0], references, grid,
-                            f"self-attention of layer {layer + 1} of {depth}")
-
-
-def reference_of(text, grid):
-    """--patch: "S", or "ROW,COL" on the grid."""
-    places = {CLS: CLS, **{f"{row},{column}": (row, column) for row, column in np.ndindex(grid)}}
-    if text not in places:
-        raise UserError(f"--patch: S, or ROW,COL from 0,0 to {grid[0] - 1},{grid[1] - 1} here, not {text}")
-    return places[text]
-
-
-def with_random(model, args):
-    """label -> model: that of --init, and one of the same sizes with random weights."""
-    torch.manual_seed(args.seed)
-    return {Path(args.init).parent.name: model, "random weights": vit.VisionTransformer(model.config).eval()}
+    size = args.size or model.config.image_hw[0]
+    if size % P:
+        raise UserError(f"--size: must be a multiple of the patch size {P}, got {size}")
+    layer = args.layer if args.layer > 0 else depth + 1 + args.layer
+    if not 1 <= layer <= depth:
+        raise UserError(f"--layer: must be from 1 to {depth}, or -1 for the last, got {args.layer}")
+    image = transforms.pil_to_tensor(open_images(args, 1)[0])
+    image = transforms.resize(image, size, InterpolationMode.BICUBIC)    # the shorter side
+    H, W = (side // P * P for side in image.shape[-2:])
+    image = data.to_float(transforms.center_crop(image, [H, W]))
+    model = resize_model(model, (H, W))
+    h, w = grid = model.config.grid
+    references = [parse_patch(name, grid) for name in args.patch or []]
+    if not references:
+        references = [(h // 2, w // 2), (h // 3, w // 3), (2 * h // 3, 2 * w // 3)]
+    attention = model.attention_maps(image[None], layer - 1)[0]        # the index counts from 0
+    return figure_attention(image, attention, references, grid, f"self-attention of layer {layer} of {depth}")
 
 
 @torch.no_grad()
-def attention_distance(args):
-    """how far heads look, by layer: the model beside a random one"""
-    model, panels = open_model(args.init), {}
-    images, config = squares(open_pictures(args, args.count), model.config.image_hw[0]), model.config
-    for label, one in with_random(model, args).items():
-        parts = [attention_distances(every_attention_map(one, image[None]), config.grid, config.patch_size)
-                 for image in images]
-        panels[label] = {"heads, and their mean": torch.stack(parts).mean(0)}
-    return figure_by_layer(panels, "mean attention distance, pixels")
+def plot_positions(args):
+    """similarity of position embeddings, or the tables of relative position bias"""
+    model = open_model(args.init)
+    if model.config.position == "absolute":
+        return figure_position_embeddings(model.pos_embed[0, 1:], model.config.grid)
+    tables = [table for name, table in model.named_parameters() if name.endswith("position_bias_table")]
+    return figure_position_biases(torch.stack(tables), model.config.grid)
 
 
-@torch.no_grad()
-def attention_objects(args):
-    """attention on an object over its share of the image: --init, --compare, random weights"""
-    models = with_random(open_model(args.init), args)
-    models |= {Path(path).parent.name: open_model(path, flag="--compare") for path in args.compare}
-    ratios = {"all patches": {}, "without neighbours": {}}
-    for label, model in models.items():
-        images, cover = object_scenes(args.count, model.config)
-        parts = [every_attention_map(model, some) for some in images.split(50)]
-        maps = [torch.cat(layer) for layer in zip(*parts)]
-        for title, near in zip(ratios, (None, 1)):
-            ratios[title][label] = object_attention(maps, cover, near)
-            numbers = "".join(f"{value:8.2f}" for value in ratios[title][label].tolist())
-            training.say(f"{title:20} {label:24} {numbers}")
-    return figure_by_layer(ratios, "attention on the object / its share of the area")
+def plot_curves(args):
+    """loss, accuracy, learning rate and images per second of one or several runs"""
+    return figure_curves({str(folder): read_log(folder) for folder in args.runs})
 
 
-def object_scenes(count, config):
-    """Scenes of `shapes`: images (n, 3, S, S), and the share of each patch that the main object covers."""
-    scenes = [data.render_scene("val", index) for index in range(count)]
-    images = squares([Image.fromarray(image) for image, _, _ in scenes], config.image_hw[0])
-    on_object = torch.stack([torch.from_numpy(classes == 1 + label) for _, label, classes in scenes]).float()
-    return images, F.adaptive_avg_pool2d(on_object, config.grid)
+# ---- Command line ----
+
+COMMANDS = {"masks": plot_masks, "tokens": plot_tokens, "predict": plot_predictions,
+            "pipeline": plot_pipeline, "attention": plot_attention, "positions": plot_positions,
+            "curves": plot_curves}
 
 
-def positions(args):
-    """position embeddings, or the tables of relative position bias"""
-    return figure_positions(open_model(args.init))
+def parse_args(argv=None):
+    """The flags of `visualize.py WHAT`."""
+    parser = launch.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, plot in COMMANDS.items():
+        subparsers.add_parser(name, help=plot.__doc__, description=plot.__doc__, allow_abbrev=False,
+                              formatter_class=launch.Parser.HelpFormatter)
 
+    def add(commands, flag, type=launch.text, **kwargs):
+        for name in commands.split():
+            subparsers.choices[name].add_argument(flag, type=type, **kwargs)
 
-def curves(args):
-    """loss, accuracy, learning rate and throughput of one or several runs"""
-    return figure_curves(read_runs(args.runs))
-
-
-def whole_number(least, most=2 ** 31 - 1):
-    """A type for argparse."""
-    def number(text):
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"a whole number from {least} to {most}, not {text}")
-        return int(text)
-    return number
-
-
-def parser():
-    """argparse's parser, with a subparser for each figure."""
-    everywhere, model, tokenizer, source, masked = (argparse.ArgumentParser(add_help=False) for _ in range(5))
-    everywhere.add_argument("--dpi", type=whole_number(1, 1200), default=100, help="per inch (%(default)s)")
-    everywhere.add_argument("--out", metavar="FILE", help="the picture; runs/WHAT.png")
-    model.add_argument("--init", metavar="FILE", help="a model.pt or a released checkpoint; by default what "
-                       "pretrain.py left for --data")
-    tokenizer.add_argument("--tokenizer", metavar="FILE", help="a model.pt of dvae.py, or DALL-E's "
-                           "encoder.pkl; by default that of --init's run")
-    source.add_argument("--images", nargs="+", metavar="FILE", help="image files, instead of --data's")
-    source.add_argument("--data", default="shapes", help="its held-out images are taken: shapes, "
-                        "fashion-mnist, cifar10, cifar100, or a folder (%(default)s)")
-    source.add_argument("--data-root", default="data", help="folder with the files of these (%(default)s)")
-    source.add_argument("--first", type=whole_number(0), default=0, help="number of the first held-out image")
-    masked.add_argument("--ratio", type=float, default=0.4, help="share of masked patches (%(default)s)")
-    masked.add_argument("--seed", type=whole_number(0), default=0, help="of masks and random weights")
-
-    figures = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    commands = figures.add_subparsers(dest="what", metavar="WHAT", required=True)
-
-    def command(function, *parents, count=None):
-        name = function.__name__.replace("_", "-")
-        one = commands.add_parser(name, parents=[*parents, everywhere], allow_abbrev=False,
-                                  help=function.__doc__, description=function.__doc__)
-        one.set_defaults(function=function)
-        if count:
-            one.add_argument("--count", type=whole_number(1), default=count, help="images (%(default)s)")
-        return one
-
-    one = command(masks, source, masked, count=8)
-    one.add_argument("--grid", type=whole_number(1), nargs=2, default=(14, 14), metavar=("ROWS", "COLUMNS"),
-                     help="of patches (%(default)s)")
-    one = command(tokens, model, tokenizer, source, count=8)
-    one.add_argument("--size", type=whole_number(1), help="pixels per side; by default as trained")
-    command(predict, model, tokenizer, source, masked, count=12)
-    command(pipeline, model, tokenizer, source, masked)
-    one = command(attention, model, source)
-    one.add_argument("--size", type=whole_number(1), help="pixels of the shorter side; by default as trained")
-    one.add_argument("--patch", action="append", default=[], metavar="ROW,COL",
-                     help="reference patch, repeatable; S for [S]; by default three around the centre")
-    one.add_argument("--layer", type=int, default=-1, help="1 is the first, -1 the last (%(default)s)")
-    command(attention_distance, model, source, count=16).set_defaults(seed=0)
-    one = command(attention_objects, model, count=500)
-    one.add_argument("--compare", nargs="+", default=[], metavar="FILE", help="more models beside --init")
-    one.add_argument("--seed", type=whole_number(0), default=0, help="of the random weights")
-    command(positions, model)
-    command(curves).add_argument("--runs", nargs="+", default=["runs/pretrain-shapes"], metavar="FOLDER",
-                                 help="folders of runs (%(default)s)")
-    return figures
+    use_tokenizer, use_masks = "tokens predict pipeline", "masks predict pipeline"
+    use_model, use_images = f"{use_tokenizer} attention positions", f"masks {use_tokenizer} attention"
+    add(use_model, "--init", help="model.pt or a released checkpoint (default: pretrain.py's for --data)")
+    add(use_tokenizer, "--tokenizer", help="model.pt or DALL-E's encoder.pkl (default: that of --init's run)")
+    add(use_images, "--images", nargs="+", help="image files, instead of --data")
+    add(use_images, "--data", default="shapes",
+        help="shapes, fashion-mnist, cifar10, cifar100, or a folder: its held-out images are shown")
+    add(use_images, "--data-root", default="data", help="folder with the files of the named data sets")
+    add(use_images, "--first", launch.nonnegative_int, default=0, help="index of the first held-out image")
+    add("masks tokens", "--count", launch.positive_int, default=8, help="number of images")
+    add("predict", "--count", launch.positive_int, default=12, help="number of images")
+    add(use_masks, "--ratio", launch.fraction, default=0.4, help="share of masked patches")
+    add(use_masks, "--seed", launch.number(int, 0, 2 ** 32 - 1), default=0, help="seed of the masks")
+    add("masks", "--grid", launch.positive_int, nargs=2, default=[14, 14], help="rows and columns of patches")
+    add("tokens", "--size", launch.positive_int, help="pixels per side (default: as trained)")
+    add("attention", "--size", launch.positive_int, help="pixels of the shorter side (default: as trained)")
+    add("attention", "--patch", action="append", metavar="ROW,COLUMN",
+        help="reference patch, counted from 0, or S for [S]; may be repeated (default: three in the centre)")
+    add("attention", "--layer", int, default=-1, help="layer, counted from 1 as in the paper; -1 is the last")
+    add("curves", "--runs", nargs="+", default=["runs/pretrain-shapes"], help="folders of runs")
+    add(" ".join(COMMANDS), "--dpi", launch.number(int, 1, 1200), default=100, help="pixels per inch")
+    add(" ".join(COMMANDS), "--out", help=".png, .pdf, .svg or .jpg file (default: runs/WHAT.png)")
+    args = parser.parse_args(argv)
+    args.out = Path(args.out or f"runs/{args.what}.png")
+    if args.what in use_model.split() and args.init is None:
+        args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
+    return args
 
 
 def main():
-    with training.one_line_errors():
-        args = parser().parse_args()
-        out = Path(args.out or f"runs/{args.what}.png")
-        if out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or out.is_dir():
-            raise UserError(f"--out: a file that ends in .png, .pdf, .svg or .jpg, not {out}")
-        if "init" in args and args.init is None:
-            args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
-        figure = args.function(args)
+    with launch.one_line_errors():
+        args = parse_args()
+        if args.out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or args.out.is_dir():
+            raise UserError(f"--out: must be a file that ends in .png, .pdf, .svg or .jpg, got {args.out}")
+        figure = COMMANDS[args.what](args)
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(out, dpi=args.dpi)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(args.out, dpi=args.dpi)
         except OSError as error:
-            raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
-        training.say(f"written to {out}")
+            raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+        launch.say(f"written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The Vision Transformer (sec. 2.2) and its models: masked image model (2.3), classifier and segmenter (2.6).
 
-Parameters are named as in the released checkpoints. Images are (B, C, H, W) in [0, 1]; the models normalise
+Parameters are named as in the released checkpoints. Images are (B, 3, H, W) in [0, 1]; the models normalise
 them. A grid of h x w patches, N = h w, width D.
 """
 import math
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,51 +12,43 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def check(ok, message):
-    """Raise ValueError(message) unless ok. A message that begins with "field: " names a field of a config."""
-    if not ok:
-        raise ValueError(message)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # red, green, blue
+POSITIONS = ("absolute", "relative", "shared_relative")    # the paper's; a bias table per block; one for all
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes and variants of the backbone. Annotated fields are also flags of the scripts, with their help.
-
-    Raises ValueError for values that do not work.
-    """
-    image_size: Annotated[int | tuple[int, int], "pixels a side of the transformer's images"] = 224
-    patch_size: Annotated[int, "pixels a side of a patch; must divide the image size"] = 16
-    in_channels: int = 3
-    dim: Annotated[int, "width D: 768 base, 1024 large (sec. 2.2)"] = 768
-    depth: Annotated[int, "blocks L: 12 base, 24 large"] = 12
-    heads: Annotated[int, "attention heads: 12 base, 16 large; must divide the width"] = 12
-    mlp_ratio: Annotated[float, "hidden width of the FFN over D"] = 4.0
-    layer_norm_eps: float = 1e-6                                       # Hugging Face's copies have 1e-12
-    position: Annotated[Literal["absolute", "relative", "shared_relative"],
-                        "paper: absolute; released code: shared_relative, to fine-tune relative"] = "absolute"
-    layer_scale: Annotated[float, "initial gamma, 0 = none (paper); released: 0.1 base, 1e-5 large"] = 0.0
-    drop_path: Annotated[float, "stochastic depth; its rate rises from 0 to this over the blocks"] = 0.1
-    pixel_mean: Annotated[tuple[float, float, float], "red, green, blue; released 22K: 0.5"] = IMAGENET_MEAN
-    pixel_std: Annotated[tuple[float, float, float], "likewise; released 22K: 0.5"] = IMAGENET_STD
-    init_std: Annotated[float, "of initial weights (sec. 2.5); if narrow: 0.02 sqrt(768 / dim)"] = 0.02
+    """Sizes and variants of the backbone. Raises ValueError("field: must be ...") for wrong values."""
+    image_size: int | tuple[int, int] = 224    # pixels per side, or (height, width)
+    patch_size: int = 16
+    dim: int = 768                             # width D
+    depth: int = 12                            # blocks L
+    heads: int = 12
+    mlp_ratio: float = 4.0                     # hidden width of the FFN / D
+    layer_norm_eps: float = 1e-6
+    position: str = "absolute"                 # one of POSITIONS
+    layer_scale: float = 0.0                   # initial gamma, 0 = none (paper)
+    drop_path: float = 0.1                     # stochastic depth; rises linearly from 0 in the first block
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    init_std: float = 0.02                     # of initial weights (sec. 2.5)
 
     def __post_init__(self):
-        for name in ("patch_size", "in_channels", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps",
-                     "init_std"):
-            check(0 < getattr(self, name) < math.inf, f"{name}: above 0, not {getattr(self, name)}")
+        def check(ok, name, expected):
+            if not ok:
+                raise ValueError(f"{name}: must be {expected}, got {getattr(self, name)}")
+
+        for name in ("patch_size", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps", "init_std"):
+            check(0 < getattr(self, name) < math.inf, name, "above 0")
         H, W = self.image_hw
-        check(min(H, W) > 0 and H % self.patch_size == W % self.patch_size == 0,
-              f"patch_size: a divisor of image_size {self.image_size}, not {self.patch_size}")
-        check(self.dim % self.heads == 0, f"heads: a divisor of dim {self.dim}, not {self.heads}")
-        check(self.position in ("absolute", "relative", "shared_relative"),
-              f"position: absolute, relative or shared_relative, not {self.position}")
-        check(0 <= self.drop_path < 1, f"drop_path: from 0 to below 1, not {self.drop_path}")
-        check(0 <= self.layer_scale < math.inf, f"layer_scale: 0 (none) or above, not {self.layer_scale}")
-        check(all(map(math.isfinite, self.pixel_mean)), f"pixel_mean: finite numbers, not {self.pixel_mean}")
-        check(all(0 < std < math.inf for std in self.pixel_std), f"pixel_std: above 0, not {self.pixel_std}")
+        check(min(H, W) > 0 and H % self.patch_size == W % self.patch_size == 0, "patch_size",
+              f"a divisor of image_size {self.image_size}")
+        check(self.dim % self.heads == 0, "heads", f"a divisor of dim {self.dim}")
+        check(self.position in POSITIONS, "position", f"one of {', '.join(POSITIONS)}")
+        check(0 <= self.drop_path < 1, "drop_path", "from 0 to below 1")
+        check(0 <= self.layer_scale < math.inf, "layer_scale", "0 (none) or above")
+        check(all(map(math.isfinite, self.pixel_mean)), "pixel_mean", "finite numbers")
+        check(all(0 < std < math.inf for std in self.pixel_std), "pixel_std", "above 0")
 
     @property
     def image_hw(self):
@@ -69,20 +60,16 @@ class ViTConfig:
         """(h, w), the patch grid."""
         return self.image_hw[0] // self.patch_size, self.image_hw[1] // self.patch_size
 
-    @property
-    def backbone(self):
-        """This config without the other fields of a script's config, which inherits it."""
-        return ViTConfig(**{field.name: getattr(self, field.name) for field in fields(ViTConfig)})
 
-
-# base and large are the paper's. The released code adds position="shared_relative" and layer_scale=0.1, large
-# 1e-5.
-PRESETS = {
-    "tiny": ViTConfig(dim=192, heads=3),
-    "small": ViTConfig(dim=384, heads=6),
-    "base": ViTConfig(),
-    "large": ViTConfig(dim=1024, depth=24, heads=16),
+# Base and large are the paper's (sec. 2.2). The released code adds position="shared_relative" and
+# layer_scale=0.1, for large 1e-5.
+SIZES = {
+    "tiny": dict(dim=192, depth=12, heads=3),
+    "small": dict(dim=384, depth=12, heads=6),
+    "base": dict(dim=768, depth=12, heads=12),
+    "large": dict(dim=1024, depth=24, heads=16),
 }
+PRESETS = {name: ViTConfig(**size) for name, size in SIZES.items()}
 
 
 def relative_position_index(grid):
@@ -120,11 +107,11 @@ def truncated_normal_(tensor, std):
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of flattened P x P patches, E x^p in sec. 2.2: (B, C, H, W) -> (B, N, D)."""
+    """Linear projection of flattened P x P patches, E x^p in sec. 2.2: (B, 3, H, W) -> (B, N, D)."""
 
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.dim, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, images):
         return self.proj(images).flatten(2).transpose(1, 2)        # (B, D, h, w) -> (B, N, D)
@@ -207,11 +194,9 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """H_0 = [e_[S], E x^p_1, ..., E x^p_N] + E_pos, then L blocks (sec. 2.2).
 
-    Initialisation (sec. 2.5)
-        weight matrices, [S], [M], E_pos      normal, std init_std, cut at +-1 std (the cut: released code)
+    Initial weights of the backbone (sec. 2.5); each head initialises its own.
+        weight matrices, [S], E_pos           normal, std init_std, cut at +-1 std as in the released code
         attn.proj and mlp.fc2 of block l      the same, divided by sqrt(2 l), l from 1
-        lm_head; the classifier's head        the same with std 0.02; with std 0.00002
-        the segmenter's decoder and head      PyTorch's defaults
         biases, relative-position tables      0
         LayerNorm                             weight 1, bias 0
         gamma_1, gamma_2                      layer_scale
@@ -221,7 +206,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         for name, values in (("pixel_mean", config.pixel_mean), ("pixel_std", config.pixel_std)):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))    # e_[S]
         self.patch_embed = PatchEmbed(config)
         if config.position == "absolute":
@@ -230,16 +215,17 @@ class VisionTransformer(nn.Module):
             index = relative_position_index(config.grid)
             self.register_buffer("relative_position_index", index, persistent=False)
         if config.position == "shared_relative":
-            self.rel_pos_bias = nn.Module()                        # for the parameter's released name
+            self.rel_pos_bias = nn.Module()                        # gives the parameter its released name
             self.rel_pos_bias.relative_position_bias_table = relative_position_table(config)
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()    # of drop_path
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
-        self.checkpoint_blocks = False                             # True saves memory and takes longer
+        self.checkpoint_blocks = False                             # recompute blocks in the backward pass
         self.register_load_state_dict_pre_hook(ignore_index_buffers)
-        self.initialise()
+        self.initialise_backbone()
 
-    def initialise(self):
+    def initialise_backbone(self):
+        """Draw the initial weights of the class docstring. Called before a subclass adds its head."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -250,28 +236,38 @@ class VisionTransformer(nn.Module):
             block.mlp.fc2.weight.data /= math.sqrt(2 * l)
 
     def forward(self, images):
-        """images (B, C, H, W) in [0, 1]. Returns norm(H_L), (B, 1+N, D): [S], then the patches."""
+        """images (B, 3, H, W) in [0, 1]. Returns norm(H_L), (B, 1+N, D): [S], then the patches."""
         return self.norm(self.hidden_states(images)[-1])
 
     def hidden_states(self, images):
         """The output of each block, before the final norm: a list of L tensors (B, 1+N, D)."""
         return self.run_blocks(self.add_cls_and_positions(self.embed_patches(images)))
 
-    def attention_maps(self, images, layer=-1):
-        """Softmax attention of a block, (B, heads, 1+N, 1+N): row = query, column = key, token 0 = [S].
+    def features(self, images, layer=-1):
+        """The tokens after one block, normalised by self.norm (the identity in a classifier): (B, 1+N, D).
 
-        Equal to what forward computes in evaluation mode, position bias included. IndexError for a missing
-        layer; -1 is the last.
+        layer: index of the block, 0 is the first and -1 the last; IndexError if there is no such block.
         """
-        block, bias = self.blocks[layer], self.position_biases()[layer]
+        return self.norm(self.hidden_states(images)[layer])
+
+    def attention_maps(self, images, layer=-1):
+        """Softmax attention of one block, (B, heads, 1+N, 1+N): row = query, column = key, token 0 = [S].
+
+        layer: as for `features`; None returns the maps of all blocks, in a list. They equal what forward
+        computes in evaluation mode, position bias included.
+        """
+        maps = []
         x = self.add_cls_and_positions(self.embed_patches(images))
-        inputs = [x, *self.run_blocks(x)[:-1]]                     # of each block
-        return block.attn.attention_weights(block.norm1(inputs[layer]), bias)
+        for block, bias in zip(self.blocks, self.position_biases()):
+            maps.append(block.attn.attention_weights(block.norm1(x), bias))
+            x = block(x, bias)
+        return maps if layer is None else maps[layer]
 
     def embed_patches(self, images):
-        """Normalise, and project the patches: (B, C, H, W) -> (B, N, D). ValueError for a wrong size."""
-        expected = (self.config.in_channels, *self.config.image_hw)
-        check(images.shape[1:] == expected, f"images are {tuple(images.shape[1:])}, not {expected}")
+        """Normalise, and project the patches: (B, 3, H, W) -> (B, N, D). ValueError for a wrong size."""
+        expected = (3, *self.config.image_hw)
+        if images.shape[1:] != expected:
+            raise ValueError(f"expected images (B, 3, H, W) with {expected}, got {tuple(images.shape)}")
         return self.patch_embed((images - self.pixel_mean) / self.pixel_std)
 
     def add_cls_and_positions(self, patches):
@@ -300,21 +296,14 @@ class VisionTransformer(nn.Module):
 
     def bias_from(self, table):
         bias = table[self.relative_position_index].permute(2, 0, 1)[None]    # (1, heads, 1+N, 1+N)
-        return bias.contiguous()                                   # as fused attention takes it
-
-    def patch_pixels(self, images):
-        """Normalised pixels, to regress in place of tokens (Table 4): (B, C, H, W) -> (B, h, w, C P P)."""
-        pixels = (images - self.pixel_mean) / self.pixel_std
-        return F.pixel_unshuffle(pixels, self.config.patch_size).permute(0, 2, 3, 1)
-
-    def unpatch_pixels(self, patches):
-        """The inverse of patch_pixels, clamped to [0, 1]."""
-        pixels = F.pixel_shuffle(patches.permute(0, 3, 1, 2), self.config.patch_size)
-        return (pixels * self.pixel_std + self.pixel_mean).clamp(0, 1)
+        return bias.contiguous()                                   # fused attention requires it
 
 
 class MaskedImageModel(VisionTransformer):
-    """Predicts visual tokens of masked patches: p(z' | x^M) = softmax(W_c h_i + b_c) (sec. 2.3)."""
+    """Predicts visual tokens of masked patches: p(z' | x^M) = softmax(W_c h_i + b_c) (sec. 2.3).
+
+    Initial weights: [M] as [S]; lm_head normal with std 0.02, cut at +-1 std, bias 0.
+    """
 
     def __init__(self, config, vocab_size=8192):
         super().__init__(config)
@@ -325,26 +314,38 @@ class MaskedImageModel(VisionTransformer):
         nn.init.zeros_(self.lm_head.bias)
 
     def forward(self, images, mask, places=None):
-        """images (B, C, H, W) in [0, 1]; mask (B, h, w) bool, True = replaced by e_[M].
+        """images (B, 3, H, W) in [0, 1]; mask (B, h, w) bool, True = replaced by e_[M].
 
         places: int64 (M,), flat indices into (B, h, w) of the patches to predict; None: the masked ones.
         Returns their logits (M, V), in the order of places. The head is computed there only.
         """
         expected = (len(images), *self.config.grid)
-        check(mask.shape == expected and mask.dtype == torch.bool,
-              f"mask is {mask.dtype} {tuple(mask.shape)}, the model takes torch.bool {expected}")
+        if mask.shape != expected or mask.dtype != torch.bool:
+            raise ValueError(f"expected a torch.bool mask {expected}, got {mask.dtype} {tuple(mask.shape)}")
         x = self.embed_patches(images)                             # (B, N, D)
         x = torch.where(mask.flatten(1)[..., None], self.mask_token.to(x.dtype), x)    # before E_pos is added
-        h = self.norm(self.run_blocks(self.add_cls_and_positions(x))[-1])[:, 1:]   # (B, N, D), without [S]
+        h = self.norm(self.run_blocks(self.add_cls_and_positions(x))[-1])
+        h = h[:, 1:]                                               # (B, N, D), without [S]
         if places is None:
-            places = mask.flatten().nonzero()[:, 0]                # waits for a GPU; pretrain.py gives places
+            places = mask.flatten().nonzero()[:, 0]                # waits for a GPU; pretrain.py passes them
         return self.lm_head(h.flatten(0, 1)[places])               # (M, D) -> (M, V)
+
+    def patch_pixels(self, images):
+        """Normalised pixels, to regress in place of tokens (Table 4): (B, 3, H, W) -> (B, h, w, 3 P P)."""
+        pixels = (images - self.pixel_mean) / self.pixel_std
+        return F.pixel_unshuffle(pixels, self.config.patch_size).permute(0, 2, 3, 1)
+
+    def unpatch_pixels(self, patches):
+        """The inverse of patch_pixels, clamped to [0, 1]."""
+        pixels = F.pixel_shuffle(patches.permute(0, 3, 1, 2), self.config.patch_size)
+        return (pixels * self.pixel_std + self.pixel_mean).clamp(0, 1)
 
 
 class ImageClassifier(VisionTransformer):
     """Classifies the average of the patches, not [S]: softmax(W_c mean_i h_i + b_c) (sec. 2.6).
 
-    As released, the average is normalised, by fc_norm, and not the tokens.
+    As in the released code, LayerNorm is applied to the average (fc_norm) and not to the tokens, and the
+    initial weights of the head are scaled by 0.001.
     """
 
     def __init__(self, config, num_classes):
@@ -352,11 +353,11 @@ class ImageClassifier(VisionTransformer):
         self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.dim, num_classes)
-        truncated_normal_(self.head.weight, 0.02 * 0.001)          # released: times 0.001
+        truncated_normal_(self.head.weight, 0.02 * 0.001)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        """images (B, C, H, W) in [0, 1]. Returns logits (B, classes)."""
+        """images (B, 3, H, W) in [0, 1]. Returns logits (B, classes)."""
         h = super().forward(images)[:, 1:]                         # (B, N, D), without [S]
         return self.head(self.fc_norm(h.mean(dim=1)))
 
@@ -364,9 +365,10 @@ class ImageClassifier(VisionTransformer):
 class SemanticSegmenter(VisionTransformer):
     """Classifies each pixel: deconvolutions upsample the patches' norm(H_L) to pixels (sec. 2.6).
 
-    Each level doubles the resolution, by a transposed convolution, GroupNorm and GELU, as often as 2 divides
-    the patch size. The first level has decoder_dim channels, the next half of it, but at least 32. A 1x1
-    convolution classifies; logits are resized bilinearly to H x W.
+    The decoder has a level for each factor of 2 in the patch size: a transposed convolution that doubles the
+    resolution, GroupNorm and GELU. Its first level has decoder_dim channels, each next one half as many, but
+    at least 32. A 1x1 convolution classifies; logits are resized bilinearly to H x W. Decoder and head keep
+    PyTorch's initial weights.
     """
 
     def __init__(self, config, num_classes, decoder_dim=256):
@@ -380,83 +382,13 @@ class SemanticSegmenter(VisionTransformer):
         self.head = nn.Conv2d(n_in, num_classes, kernel_size=1)
 
     def forward(self, images):
-        """images (B, C, H, W) in [0, 1]. Returns logits (B, classes, H, W)."""
+        """images (B, 3, H, W) in [0, 1]. Returns logits (B, classes, H, W)."""
         h = super().forward(images)[:, 1:]                         # (B, N, D), without [S]
         h = h.transpose(1, 2).unflatten(2, self.config.grid)       # (B, D, h, w)
         logits = self.head(self.decoder(h))                        # (B, classes, h scale, w scale)
         if logits.shape[-2:] == images.shape[-2:]:
             return logits
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")
-
-
-def resize_positions(state_dict, config, grid=None):
-    """A copy of state_dict with E_pos and the relative-position tables resized to the grid of config.
-
-    As released: E_pos bicubically without antialiasing (Table 14 says bilinear), tables by offset_weights.
-    Rows of [S] are kept. grid: the old (h, w); None: the grid of config if the sizes fit it, else a square.
-    Raises ValueError for sizes that fit no grid.
-    """
-    resized = dict(state_dict)
-    for name, value in state_dict.items():
-        if name == "pos_embed":
-            old = grid_of(value.shape[1] - 1, grid or config.grid, grid is None)
-            if old != config.grid:
-                patches = value[:, 1:].transpose(1, 2).unflatten(2, old).float()   # (1, D, h, w)
-                patches = F.interpolate(patches, size=config.grid, mode="bicubic")
-                patches = patches.flatten(2).transpose(1, 2).to(value.dtype)       # (1, N', D)
-                resized[name] = torch.cat([value[:, :1], patches], dim=1)
-        elif name.endswith("relative_position_bias_table"):
-            fits = tuple(2 * side - 1 for side in grid or config.grid)
-            old = grid_of(len(value) - 3, fits, grid is None)          # (2h-1, 2w-1) offsets
-            rows, columns = (offset_weights((was + 1) // 2, side) for was, side in zip(old, config.grid))
-            offsets = value[:-3].unflatten(0, old).double()            # (2h-1, 2w-1, heads)
-            offsets = torch.einsum("ri,cj,ijk->rck", rows, columns, offsets).flatten(0, 1).to(value.dtype)
-            resized[name] = torch.cat([offsets, value[-3:]])
-    return resized
-
-
-def grid_of(rows, grid, or_square):
-    """grid, if it has so many places, else the square that has. ValueError."""
-    if or_square and rows != math.prod(grid):
-        grid = (math.isqrt(max(0, rows)),) * 2
-    check(rows > 0 and rows == math.prod(grid), f"{rows} positions do not fit {grid[0]}x{grid[1]}")
-    return tuple(grid)
-
-
-def offset_weights(old, new):
-    """How the bias at each new offset along an axis depends on that at old ones: (2 new - 1, 2 old - 1).
-
-    As released, old offsets 0, 1, 2, 3 ... are placed at 0, 1, 1 + q, 1 + q + q^2 ..., the last one at the
-    last new offset, so that near ones keep their bias. A cubic spline interpolates between them (not-a-knot).
-    q is from 1.01 to 1.5: a smaller grid loses far offsets, a much larger one repeats the last.
-    """
-    if old == new:
-        return torch.eye(2 * new - 1).double()
-    if old == 1:
-        return torch.ones(2 * new - 1, 1).double()
-    low, high = 1.01, 1.5                                          # bounds of q
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        if sum(q ** k for k in range(old - 1)) > new - 1:
-            high = q
-        else:
-            low = q
-    places = (q ** torch.arange(old - 1).double()).cumsum(0)
-    places = torch.cat([-places.flip(0), torch.zeros(1), places])      # (2 old - 1,)
-    degree = min(3, 2 * old - 2)
-    ends = places[-1:].expand(degree + 1)
-    knots = torch.cat([-ends, places[2:-2], ends])
-
-    def b_splines(x):    # (n,) -> (n, 2 old - 1), by the recursion of Cox and de Boor
-        x = x.clamp(knots[0], knots[-1] * (1 - 1e-12))[:, None]
-        basis = ((knots[:-1] <= x) & (x < knots[1:])).double()
-        for k in range(1, degree + 1):
-            rising = (x - knots[:-k - 1]) / (knots[k:-1] - knots[:-k - 1])
-            falling = (knots[k + 1:] - x) / (knots[k + 1:] - knots[1:-k])
-            basis = rising.nan_to_num(0, 0, 0) * basis[:, :-1] + falling.nan_to_num(0, 0, 0) * basis[:, 1:]
-        return basis
-
-    return b_splines(torch.arange(1.0 - new, new).double()) @ torch.linalg.inv(b_splines(places))
 
 
 def ignore_index_buffers(module, state_dict, *_):

@@ -1,13 +1,14 @@
-"""Checkpoints across our border: DALL-E's tokenizer, the released BEiT, timm, Hugging Face, and our own.
+"""Checkpoints of this project, the released BEiT, timm, Hugging Face and DALL-E.
 
-`python weights.py FILE` describes one; `python weights.py FILE --to huggingface|timm|beit OUT` converts it.
-`read` turns a file into containers and tensors, `load` these into a state_dict in our names and a config;
-then `build` makes the model that the file holds, or `initialise` fills a model of yours.
+    python weights.py FILE                              # describe a checkpoint
+    python weights.py FILE --to huggingface FOLDER      # convert it; or --to timm FILE
+
+`load` reads a file into a state_dict with our names and a config, and `build` returns the model in a file.
+A wrong file raises UserError, one line that names it. pretrained.py starts other models from a file.
 """
 import argparse
 import collections
 import json
-import math
 import pickle
 import re
 import types
@@ -21,142 +22,161 @@ from torch import nn
 
 import dvae
 import vit
-from training import UserError, one_line_errors, say, write_atomically, write_json
-from vit import check
+from launch import UserError, one_line_errors, say
+from positions import resize_positions, square_grid  # noqa: F401, the first for weights.resize_positions
+from run import write_atomically, write_json
 
 try:
     import safetensors.torch as safetensors
 except ImportError:
     safetensors = None
 
-HEADS = ("lm_head.", "head.", "decoder.")    # what belongs to a task, not to the backbone
-
-
-@contextmanager
-def naming(path, problem):
-    """Turn any error inside into a ValueError of one line: the file, and our own message or the problem."""
-    try:
-        yield
-    except Exception as error:    # torch, pickle, zipfile and json raise a dozen kinds
-        reason = " ".join(str(error).split())[:300]
-        if type(error) is not ValueError:
-            reason = f"{problem} ({type(error).__name__}: {reason})"
-        raise ValueError(f"{path} {reason}") from None
+HEADS = ("lm_head.", "head.", "decoder.")    # parameters of a task, not of the backbone
 
 
 # ---- Reading a file without running it ----
 
-class StandIn:
-    """In place of a foreign class or function: accepts any arguments, keeps its state, does nothing."""
+@contextmanager
+def file_errors(path, problem):
+    """Raise any error inside as a UserError of one line: "path: problem (error)".
 
-    def __init__(self, *args, **options):
+    Torch, pickle, zipfile and json raise a dozen kinds of errors for a damaged file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: {problem} ({type(error).__name__}: {reason})") from error
+
+
+class StandIn:
+    """Replaces a foreign class or function: accepts any arguments, keeps its state, does nothing."""
+
+    def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):    # fails for the class itself, which a pickle thus cannot change
+    def __setstate__(self, state):    # fails when called on the class, so that a pickle cannot change it
         self.state = state
 
 
-class Rebuilt(StandIn):
-    """In place of torch's functions that rebuild a tensor or a parameter: the tensor, without its hooks."""
+class RebuiltTensor(StandIn):
+    """Replaces torch's functions that rebuild a tensor or a parameter. Returns the tensor, without hooks."""
 
     def __new__(cls, data, *layout):
-        if isinstance(data, torch.Tensor):    # of a parameter
+        if isinstance(data, torch.Tensor):                             # of a parameter
             return data
-        return torch._utils._rebuild_tensor(data, *layout[:3])    # storage, offset, size, stride
-
-
-ALLOWED = re.compile(r"""collections\.(OrderedDict|defaultdict)
-    | torch\._utils\._rebuild_(tensor|tensor_v2|parameter) | torch\.(Size|device|bool|b?float\d+|int\d+)
-    | argparse\.Namespace | pathlib(\._local)?\.\w*Path | builtins\.(set|frozenset|list|dict|int|float)
-    | _codecs\.encode | numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))
-    | dall_e\.(encoder\.Encoder(Block)?|decoder\.Decoder(Block)?|utils\.Conv2d)
-    | torch\.nn\.modules\.(container\.Sequential|activation\.ReLU|pooling\.MaxPool2d|linear\.Identity
-                           |upsampling\.Upsample)""", re.VERBOSE)
+        return torch._utils._rebuild_tensor(data, *layout[:3])         # storage, offset, size, stride
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Finds what is ALLOWED, most of it as stand-ins. torch.load adds the storages of tensors."""
+    """Finds only what is ALLOWED, most of it as stand-ins. torch.load adds the storages of tensors."""
+    ALLOWED = re.compile(r"""collections\.(OrderedDict|defaultdict)
+        | torch\._utils\._rebuild_(tensor|tensor_v2|parameter) | torch\.(Size|device|bool|b?float\d+|int\d+)
+        | argparse\.Namespace | pathlib(\._local)?\.\w*Path | builtins\.(set|frozenset|list|dict|int|float)
+        | _codecs\.encode | numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))
+        | dall_e\.(encoder\.Encoder(Block)?|decoder\.Decoder(Block)?|utils\.Conv2d)
+        | torch\.nn\.modules\.(container\.Sequential|activation\.ReLU|pooling\.MaxPool2d|linear\.Identity
+                               |upsampling\.Upsample)""", re.VERBOSE)
 
     def find_class(self, module, name):
         full_name = f"{module}.{name}".replace("__builtin__", "builtins")
-        check(ALLOWED.fullmatch(full_name),
-              f"asks for {full_name}, which weights do not need; nothing of it was run")
+        if not self.ALLOWED.fullmatch(full_name):
+            raise pickle.UnpicklingError(f"it asks for {full_name}, which weights do not need; not run")
         if module == "collections":
             return getattr(collections, name)
-        return type(name, (Rebuilt if module == "torch._utils" else StandIn,), {})
+        return type(name, (RebuiltTensor if module == "torch._utils" else StandIn,), {})
 
 
-RESTRICTED = types.SimpleNamespace(    # the pickle_module for torch.load
+RESTRICTED_PICKLE = types.SimpleNamespace(    # the pickle_module for torch.load
     __name__="restricted", Unpickler=RestrictedUnpickler,
-    load=lambda file, **options: RestrictedUnpickler(file, **options).load())
+    load=lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load())
 
 
-def read(path):
-    """The containers and tensors in a file of torch.save (zip or older format) or safetensors, on the CPU.
+def read_file(path):
+    """Return the containers and tensors in a file of torch.save or safetensors, on the CPU.
 
-    Nothing in the file is executed; foreign objects become stand-ins. ValueError with one line if that fails.
+    Nothing in the file is executed; foreign objects become stand-ins. Raises UserError.
     """
     path = Path(path)
-    with naming(path, "is cut off, damaged or no file of weights"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # the older format compares the sources of classes
-        check(path.exists(), "does not exist")
-        check(not path.is_dir(), "is a folder, not a file: give its model.pt, model.safetensors or "
-              "pytorch_model.bin")
-        check(path.suffix != ".json", "holds no weights: give model.safetensors or pytorch_model.bin; shards "
-              "become one file by save_pretrained(..., max_shard_size='100GB')")
+    with file_errors(path, "cut off, damaged or no file of weights"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                # the older format compares sources
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        if path.is_dir() or path.suffix == ".json":
+            raise UserError(f"{path}: expected a file of weights, such as model.pt, model.safetensors or "
+                            "pytorch_model.bin; save_pretrained(..., max_shard_size='100GB') joins shards")
         if path.suffix == ".safetensors":
-            check(safetensors, "needs a package: pip install safetensors, or take the .bin or .pth file")
+            if safetensors is None:
+                raise UserError(f"{path}: safetensors is not installed; give a .bin or .pth file")
             return safetensors.load_file(path)
         broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()    # torch skips the checksums
-        check(not broken, f"is damaged: {broken} fails its checksum")
+        if broken:
+            raise UserError(f"{path}: damaged, {broken} fails its checksum")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:    # foreign classes; TorchScript, which is code, is a RuntimeError
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=RESTRICTED)
+            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=RESTRICTED_PICKLE)
 
 
-def kind_of(found):
-    """What `read` found: the class of a model of ours or of DALL-E's, else the type."""
-    return found.get("kind", "dict") if isinstance(found, dict) else type(found).__name__
+def read_json(path):
+    """Return what a JSON file holds, and {} if there is no such file. Raises UserError."""
+    with file_errors(path, "expected JSON"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def class_name(contents):
+    """Return the name of the model's class if read_file found one of ours or DALL-E's, else of the type."""
+    return contents.get("kind", "dict") if isinstance(contents, dict) else type(contents).__name__
 
 
 # ---- Tokenizers ----
 
-def load_tokenizer(path, flag="--tokenizer"):
-    """The DiscreteVAE in a model.pt of ours, or in DALL-E's encoder.pkl with the decoder.pkl beside it, in
-    evaluation mode. UserError names the flag."""
-    try:
-        found, decoder = read(path), Path(path).with_name("decoder.pkl")
-        if kind_of(found) == "Encoder":
-            return load_dalle(path, decoder if decoder.exists() else None)
-        with naming(path, "holds a tokenizer whose weights and sizes do not fit"), torch.device("meta"):
-            check(kind_of(found) == "DiscreteVAE", f"holds a {kind_of(found)}")
-            model = dvae.DiscreteVAE(**found["config"])
-            model.load_state_dict(found["model"], assign=True)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}; a model.pt of dvae.py or DALL-E's encoder.pkl would do") from None
+def load_tokenizer(path):
+    """Return the DiscreteVAE in a model.pt of train_dvae.py or in DALL-E's encoder.pkl, in evaluation mode.
+
+    A decoder.pkl beside encoder.pkl is loaded too. Raises UserError.
+    """
+    contents, decoder = read_file(path), Path(path).with_name("decoder.pkl")
+    kind = class_name(contents)
+    if kind == "Encoder":
+        return load_dalle(path, decoder if decoder.exists() else None)
+    if kind != "DiscreteVAE":
+        raise UserError(f"{path}: expected a tokenizer (model.pt of train_dvae.py, or DALL-E's encoder.pkl), "
+                        f"found {kind}")
+    with file_errors(path, "expected a tokenizer whose weights fit its config"), torch.device("meta"):
+        contents["config"].pop("in_channels", None)                    # of earlier editions
+        model = dvae.DiscreteVAE(**contents["config"])
+        model.load_state_dict(contents["model"], assign=True)
     return model.eval().requires_grad_(False)
 
 
 def load_dalle(encoder, decoder=None):
-    """The DiscreteVAE of DALL-E's public encoder.pkl and decoder.pkl (whole modules, pickled), in evaluation
-    mode. Without a decoder it only tokenizes, and .decoder is None. ValueError names the file."""
-    state = module_tensors(encoder, "Encoder")
-    state |= module_tensors(decoder, "Decoder") if decoder else {}
-    with naming(encoder, "does not fit DALL-E's architecture"), torch.device("meta"):
-        groups, blocks = (max(map(int, re.findall(rf"\.{part}_(\d+)\.", " ".join(state))))
-                          for part in ("group", "block"))
-        hidden, channels = state["encoder.blocks.input.w"].shape[:2]
-        vocab_size = len(state["encoder.blocks.output.conv.w"])
-        model = dvae.DiscreteVAE(vocab_size, hidden, groups, blocks, channels)
-        model.decoder = model.decoder if decoder else None
+    """Return the DiscreteVAE in DALL-E's public encoder.pkl and decoder.pkl, in evaluation mode.
+
+    Without a decoder it can only tokenize, and .decoder is None. Raises UserError.
+    """
+    state = read_dalle_module(encoder, "Encoder")
+    if decoder:
+        state |= read_dalle_module(decoder, "Decoder")
+    with file_errors(encoder, "expected DALL-E's architecture"), torch.device("meta"):
+        names = " ".join(state)
+        model = dvae.DiscreteVAE(vocab_size=len(state["encoder.blocks.output.conv.w"]),
+                                 hidden=len(state["encoder.blocks.input.w"]),
+                                 groups=max(map(int, re.findall(r"\.group_(\d+)\.", names))),
+                                 blocks_per_group=max(map(int, re.findall(r"\.block_(\d+)\.", names))))
+        if not decoder:
+            model.decoder = None
         model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def module_tensors(path, kind):
-    """(name inside a DiscreteVAE -> tensor) of the pickled module in a file, DALL-E's Encoder or Decoder."""
-    found, tensors = read(path), {}
+def read_dalle_module(path, kind):
+    """Return {name in a DiscreteVAE: tensor} of a pickled module of DALL-E. kind: Encoder or Decoder."""
+    module, tensors = read_file(path), {}
+    if class_name(module) != kind:
+        raise UserError(f"{path}: expected DALL-E's {kind}, found {class_name(module)}")
 
     def collect(module, prefix):
         for name, tensor in module.state["_parameters"].items():
@@ -164,16 +184,15 @@ def module_tensors(path, kind):
         for name, child in module.state["_modules"].items():
             collect(child, f"{prefix}{name}.")
 
-    with naming(path, f"holds a damaged {kind}"):
-        check(kind_of(found) == kind, f"holds a {kind_of(found)}, not DALL-E's pickled {kind}")
-        collect(found, f"{kind.lower()}.")
+    with file_errors(path, f"expected DALL-E's {kind}, found a damaged one"):
+        collect(module, f"{kind.lower()}.")
     return tensors
 
 
 # ---- Backbones in ----
 
-# How names begin, * for the number of a block: ours, Hugging Face's in files and, where it differs, in memory
-# (transformers 5). Models with a head put "beit." before the names of their BeitModel.
+# How names begin: ours, Hugging Face's in files and, where it differs, Hugging Face's in memory (transformers
+# 5). * is the number of a block. Models with a head put "beit." before the names of their BeitModel.
 HUGGINGFACE = (
     ("cls_token", "embeddings.cls_token"),
     ("mask_token", "embeddings.mask_token"),
@@ -197,7 +216,7 @@ HUGGINGFACE = (
 
 
 def rename(name, pairs):
-    """Replace the beginning of a name by the first of the pairs (old, new) that fits."""
+    """Replace the beginning of a name by the first of the pairs (old, new) that matches."""
     for old, new in pairs:
         pattern = re.escape(old).replace(r"\*", r"(\d+)")
         if re.match(pattern, name):
@@ -206,251 +225,231 @@ def rename(name, pairs):
 
 
 def load(path):
-    """(state_dict in our names, info) of a backbone: our own, the released BEiT's, timm's or Hugging Face's.
+    """Read a BEiT of this project, the released code, timm or Hugging Face, with or without a head.
 
-    info: source ("ours", "released BEiT", "timm" or "Hugging Face"), task ("masked image modeling",
-    "classification", "segmentation" or "none"), config (vit.ViTConfig), outputs (tokens or classes; None
-    without a head), classes (their names, or None), dropped (names that have no place here, such as a UperNet
-    decoder's). ValueError: one line that says what was found instead. Shapes are checked when a model takes
-    the state_dict.
+    Returns (state_dict with our names, info). The entries of info:
+        source     "ours", "released BEiT", "timm" or "Hugging Face"
+        task       "masked image modeling", "classification", "segmentation", "linear probe" or "none"
+        config     vit.ViTConfig
+        guessed    names of the fields of config that the file does not give
+        outputs    number of tokens or classes that the head predicts, or None
+        classes    names of the classes, or None
+        dropped    names of tensors that our models lack: those of a linear probe or a UperNet decoder
+    Raises UserError for other files. Shapes are checked when a model takes the state_dict.
     """
-    found = read(path)
-    with naming(path, "is no BEiT"):
-        kind, state, source = kind_of(found), found, "timm"
-        check(kind not in ("DiscreteVAE", "Encoder", "Decoder"),
-              "is a tokenizer (--tokenizer takes it), not a backbone")
-        for nest in ("model", "module", "state_dict"):    # released BEiT, DeepSpeed, mmsegmentation
-            if isinstance(state, dict) and isinstance(state.get(nest), dict):
-                state, source = state[nest], "released BEiT"
-        check(isinstance(state, dict) and any("patch_embed" in str(name) for name in state),
-              f"holds a {kind}, not a BEiT of ours, the released code, timm or Hugging Face")
-        if any("patch_embeddings" in name for name in state):
-            source = "Hugging Face"
-        state, dropped = to_our_names(state, source)
-        head, task = state.get("lm_head.weight", state.get("head.weight")), "none"
-        if head is not None:
-            task = {2: "classification", 4: "segmentation"}.get(head.dim(), "none")
+    contents = read_file(path)
+    kind = class_name(contents)
+    with file_errors(path, "expected a BEiT"):
+        state, source = find_state_dict(contents, kind, path)
+        state, dropped = convert_names(state, source, kind, path)
+        head = state.get("lm_head.weight", state.get("head.weight"))
+        task = "linear probe" if kind == "LinearProbe" else "none"
         if "lm_head.weight" in state:
             task = "masked image modeling"
+        elif head is not None:
+            task = {2: "classification", 4: "segmentation"}.get(head.dim(), "none")
         info = dict(source=source, task=task, outputs=None if head is None else len(head), classes=None,
-                    dropped=dropped)
-        if "kind" in found:
-            info |= dict(source="ours", config=vit.ViTConfig(**found["config"]["vit"]),
-                         classes=found["config"].get("classes"))
-        elif source == "Hugging Face":
-            info |= read_config(Path(path).parent, state, info)
+                    guessed=[], dropped=dropped)
+        if source == "ours":
+            fields = contents["config"]["vit"]
+            fields.pop("in_channels", None)                            # of earlier editions
+            info |= dict(config=vit.ViTConfig(**fields), classes=contents["config"].get("classes"))
         else:
-            info["config"] = infer_config(state)
-        check(task != "classification" or "fc_norm.weight" in state,
-              "has a head for [S]; our models average the patches")
+            fields = {}
+            if source == "Hugging Face":
+                fields, info["classes"] = read_huggingface_config(Path(path).parent, task, info["outputs"])
+            info["config"], info["guessed"] = infer_config(state, fields)
+        if task == "classification" and "fc_norm.weight" not in state:
+            raise UserError(f"{path}: expected a head for the mean of the patches, found a head for [S]")
     return state, info
 
 
-def to_our_names(state, source):
-    """(name -> tensor in fp32, names that have no place here). Removes prefixes of wrappers, and buffers that
-    follow from the config."""
-    ours, dropped = {}, []
-    pairs = [(theirs, row[0]) for row in HUGGINGFACE for theirs in row[1:] if source == "Hugging Face"]
+def find_state_dict(contents, kind, path):
+    """Return (state_dict, source), where source is as in `load`, from the contents of a file."""
+    state, source = contents, "timm"
+    for key in ("model", "module", "state_dict"):                      # released, DeepSpeed, mmsegmentation
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state, source = state[key], "released BEiT"
+    if not isinstance(state, dict) or not any("patch_embed" in str(name) for name in state):
+        raise UserError(f"{path}: expected a BEiT of this project, the released code, timm or Hugging Face, "
+                        f"found {kind}")
+    if "kind" in contents:
+        source = "ours"
+    elif any("patch_embeddings" in name for name in state):
+        source = "Hugging Face"
+    return state, source
+
+
+def convert_names(state, source, kind, path):
+    """Return (state_dict with our names in fp32, names of the tensors that our models lack).
+
+    Removes prefixes of wrappers, and buffers that follow from the config.
+    """
+    pairs, foreign, converted, dropped = [], ["decode_head.", "auxiliary_head.", "fpn", "neck."], {}, []
+    if source == "Hugging Face":
+        pairs = [(hf_name, ours) for ours, *hf_names in HUGGINGFACE for hf_name in hf_names]
+    if kind == "LinearProbe":
+        foreign += HEADS
     for name, tensor in state.items():
         name = rename(re.sub(r"^((module|_orig_mod|backbone|beit)\.)+", "", name), pairs)
-        check(isinstance(tensor, torch.Tensor), f"has {name}, which is not a tensor")
-        check(name not in ours, f"has {name} twice")
-        if name.startswith(("decode_head.", "auxiliary_head.", "fpn", "neck.")):
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: expected tensors, found {name}, which is not one")
+        if name in converted:
+            raise UserError(f"{path}: expected one {name}, found two")
+        if name.startswith(tuple(foreign)):
             dropped.append(name)
         elif not name.endswith(("relative_position_index", "attn.k_bias")):
-            ours[name] = tensor.float() if tensor.is_floating_point() else tensor
-    for attn in [name.removesuffix("q_weight") for name in ours if name.endswith("attn.q_weight")]:
-        ours[f"{attn}qkv.weight"] = torch.cat([ours.pop(f"{attn}{part}_weight") for part in "qkv"])
-    return ours, dropped
+            converted[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for attn in [name.removesuffix("q_weight") for name in converted if name.endswith("attn.q_weight")]:
+        converted[f"{attn}qkv.weight"] = torch.cat([converted.pop(f"{attn}{part}_weight") for part in "qkv"])
+    return converted, dropped
 
 
-def read_config(folder, state, info):
-    """config and classes for the info of Hugging Face's weights, from the config.json and
-    preprocessor_config.json beside them, if any. ValueError if our models would compute something else."""
-    config, processor = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-                         for file in (folder / "config.json", folder / "preprocessor_config.json"))
-    fields = {f"pixel_{name}": tuple(processor[f"image_{name}"]) for name in ("mean", "std")
-              if f"image_{name}" in processor}
-    if not config:
-        return {"config": infer_config(state, **fields)}
-    activation = config.get("hidden_act", "gelu")
-    check(activation == "gelu", f"has hidden_act {activation} in its config.json, not gelu")
-    check(config.get("use_mean_pooling", True) or info["task"] == "none",
-          "has use_mean_pooling false in its config.json; our models average the patches")
-    size, names, classes = config.get("image_size", 224), config.get("id2label"), None
-    fields["image_size"] = tuple(size) if isinstance(size, list) else size
-    fields["heads"] = config.get("num_attention_heads", 12)
-    fields["layer_norm_eps"] = config.get("layer_norm_eps", 1e-12)
-    if names and info["task"] == "classification":
-        check(len(names) == info["outputs"], f"has {info['outputs']} classes and {len(names)} names for them")
-        classes = [names[key] for key in sorted(names, key=int)]       # the keys of ImageNet-22K have gaps
-        if classes == [f"LABEL_{k}" for k in range(len(classes))]:     # Hugging Face's default
-            classes = None
-    return {"config": infer_config(state, **fields), "classes": classes}
+def read_huggingface_config(folder, task, outputs):
+    """Return (fields of vit.ViTConfig, names of the classes or None) from the JSON files beside the weights.
+
+    Raises UserError if our models would compute something else than config.json describes.
+    """
+    path, fields = folder / "config.json", {}
+    hf_config, hf_processor = read_json(path), read_json(folder / "preprocessor_config.json")
+    for name in ("mean", "std"):
+        if f"image_{name}" in hf_processor:
+            fields[f"pixel_{name}"] = tuple(hf_processor[f"image_{name}"])
+    if not hf_config:
+        return fields, None
+    if hf_config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path}: expected hidden_act gelu, found {hf_config['hidden_act']}")
+    if task != "none" and not hf_config.get("use_mean_pooling", True):
+        raise UserError(f"{path}: expected use_mean_pooling true, as our models average the patches")
+    image_size, names = hf_config.get("image_size", 224), hf_config.get("id2label")
+    fields["image_size"] = tuple(image_size) if isinstance(image_size, list) else image_size
+    fields["heads"] = hf_config.get("num_attention_heads", 12)
+    fields["layer_norm_eps"] = hf_config.get("layer_norm_eps", 1e-12)
+    if not names or task != "classification":
+        return fields, None
+    if len(names) != outputs:
+        raise UserError(f"{path}: expected names of {outputs} classes, found {len(names)}")
+    classes = [names[key] for key in sorted(names, key=int)]           # the keys of ImageNet-22K have gaps
+    if classes == [f"LABEL_{k}" for k in range(outputs)]:              # Hugging Face's default
+        classes = None
+    return fields, classes
 
 
-def infer_config(state, **told):
-    """vit.ViTConfig from the shapes of a state_dict in our names, where fields are not told. Assumes a square
-    grid and, with absolute positions, heads of width 64. layer_scale is 0.1 or 0."""
-    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+def infer_config(state, fields):
+    """Return (vit.ViTConfig, names of guessed fields) for a state_dict with our names, from its shapes.
+
+    fields: values known from elsewhere. What is not in them or the shapes is guessed: a square grid, heads of
+    width 64 with absolute positions, 0.1 for layer_scale if there is one, and the defaults of ViTConfig.
+    """
+    patches = state["patch_embed.proj.weight"]                         # (D, 3, P, P)
+    dim, patch_size = len(patches), patches.shape[-1]
+    guessed = {"layer_norm_eps", "pixel_mean", "pixel_std"}
     table = next((name for name in state if name.endswith("relative_position_bias_table")), None)
-    if table:
-        rows, heads = state[table].shape
-        side = (math.isqrt(rows - 3) + 1) // 2
-        position = "shared_relative" if table.startswith("rel_pos_bias.") else "relative"
+    if table is None:
+        position, heads = "absolute", max(1, dim // 64)
+        guessed.add("heads")
     else:
-        side, heads = math.isqrt(state["pos_embed"].shape[1] - 1), max(1, dim // 64)
-        position = "absolute"
-    inferred = dict(image_size=side * patch_size, patch_size=patch_size, in_channels=channels, dim=dim,
-                    depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-                    heads=heads, mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim, position=position,
-                    layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0)
-    return vit.ViTConfig(**{**inferred, **told})
+        position = "shared_relative" if table.startswith("rel_pos_bias.") else "relative"
+        heads = state[table].shape[1]
+    if "blocks.0.gamma_1" in state:
+        guessed.add("layer_scale")
+    name = table or "pos_embed"
+    side, _ = square_grid(name, state[name].shape[-2])
+    inferred = dict(
+        image_size=side * patch_size, patch_size=patch_size, dim=dim, heads=heads, position=position,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        layer_scale=0.1 if "layer_scale" in guessed else 0.0)
+    return vit.ViTConfig(**{**inferred, **fields}), sorted(guessed - fields.keys())
 
+
+# ---- Into a model ----
 
 def build(path):
-    """(model, info as of `load`): the MaskedImageModel, ImageClassifier, SemanticSegmenter or
-    VisionTransformer in a file, in evaluation mode. ValueError as `load`, and for tensors that do not fit.
+    """Return the model in a file, in evaluation mode, and the info of `load`. Raises UserError.
 
-    A VisionTransformer has the norm that the file has; fc_norm is kept, but forward does not use it.
+    The model is a MaskedImageModel, ImageClassifier or SemanticSegmenter. For a linear probe, and without a
+    head, it is a VisionTransformer, with norm and fc_norm if the file has them. Forward ignores fc_norm.
     """
     state, info = load(path)
     config, outputs = info["config"], info["outputs"]
-    with naming(path, "does not fit its own sizes"):
+    with file_errors(path, "expected weights that fit the config"):
         if info["task"] == "masked image modeling":
             model = vit.MaskedImageModel(config, outputs)
         elif info["task"] == "classification":
             model = vit.ImageClassifier(config, outputs)
         elif info["task"] == "segmentation":
-            model = vit.SemanticSegmenter(config, outputs, state["decoder.0.weight"].shape[1])
+            model = vit.SemanticSegmenter(config, outputs, decoder_dim=state["decoder.0.weight"].shape[1])
         else:
             model = vit.VisionTransformer(config)
-            model.norm = model.norm if "norm.weight" in state else nn.Identity()
-            model.fc_norm = nn.LayerNorm(config.dim) if "fc_norm.weight" in state else nn.Identity()
-        if not hasattr(model, "mask_token"):    # classifiers of the first edition had one, unused
+            if "norm.weight" not in state:
+                model.norm = nn.Identity()
+            if "fc_norm.weight" in state:
+                model.fc_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
+        if not hasattr(model, "mask_token"):                           # first-edition classifiers have one
             state.pop("mask_token", None)
         model.load_state_dict(state)
     return model.eval(), info
 
 
-def initialise(model, path, classes=None, flag="--init"):
-    """Fill a model from a checkpoint, and say in three lines what was taken, converted, new and left behind.
-
-    Positions are resized to the model's grid, and a table shared by all blocks is copied into each block. As
-    released, fc_norm is not filled from norm: it is new, and norm is left behind. A head is taken if task,
-    size and, where the file names them, classes are the same; its rows are put into the order of `classes`.
-    Any other difference is a UserError.
-    Returns the names of the parameters that are new.
-    """
-    try:
-        state, info = load(path)
-        with naming(path, "does not fit"):
-            state, converted, left = adapt(state, info, model, classes)
-            ours = model.state_dict()
-            new = [name for name in ours if name not in state]
-            kept = {name: ours[name] for name in new if name.startswith((*HEADS, "fc_norm.", "norm."))}
-            model.load_state_dict({**kept, **state})
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from None
-    head = ", its head among them" if any(name.startswith(HEADS) for name in state) else ""
-    say(f"taken from {path} ({info['source']}, {info['task']}): {len(state)} tensors{head}")
-    say(f"converted: {'; '.join(converted) or 'nothing'}")
-    say(f"new: {modules_of(new)}; left behind: {modules_of(left)}")
-    return new
-
-
-def modules_of(names):
-    """Names of modules for names of parameters, on one line."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", name) for name in names)) or "nothing"
-
-
-def adapt(state, info, model, classes):
-    """(state_dict that the model should take, what was converted, names that were left behind)."""
-    source, target, ours, converted = info["config"], model.config, model.state_dict(), []
-    if (source.position, target.position) == ("shared_relative", "relative"):
-        table = state.pop("rel_pos_bias.relative_position_bias_table")
-        state |= {f"blocks.{i}.attn.relative_position_bias_table": table for i in range(target.depth)}
-        converted.append("the shared position table, into one for each block")
-    elif source.position != target.position:
-        raise ValueError(f"has {source.position} positions, the model {target.position}; "
-                         f"--position {source.position} fits")
-    check(source.heads == target.heads or info["source"] in ("released BEiT", "timm"),    # a guess
-          f"has {source.heads} heads, the model {target.heads}")
-    if source.grid != target.grid:
-        state = vit.resize_positions(state, target, source.grid)
-        converted.append("positions, from {}x{} to {}x{}".format(*source.grid, *target.grid))
-    check(source.layer_norm_eps == target.layer_norm_eps,
-          f"has LayerNorms with eps {source.layer_norm_eps}, the model {target.layer_norm_eps}")
-    head, theirs = [name for name in state if name.startswith(HEADS)], info["classes"] or classes
-    same = classes is None or list(theirs) == list(classes)
-    reordered = not same and sorted(theirs) == sorted(set(classes))
-    takes_head = (same or reordered) and all(
-        name in ours and ours[name].shape == state[name].shape for name in head)
-    if head and takes_head and reordered:
-        order = [theirs.index(name) for name in classes]
-        state |= {name: state[name][order] for name in ("head.weight", "head.bias")}
-        converted.append("the head, into the order of these classes")
-    unused = [name for name in state.keys() - ours.keys()
-              if name.startswith(("mask_token", "norm.", "fc_norm."))]
-    left = sorted(unused) + ([] if takes_head else head)
-    return {name: tensor for name, tensor in state.items() if name not in left}, converted, left
+def load_model(path):
+    """Return the model in a file, as `build` does, without its info."""
+    return build(path)[0]
 
 
 # ---- Backbones out ----
 
 def write_tensors(state, path):
-    """Write a state_dict, as safetensors if path ends so."""
-    if Path(path).suffix == ".safetensors":
-        check(safetensors, f"{path} needs a package: pip install safetensors")
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
-        write_atomically(path, lambda file: file.write(safetensors.save(state, metadata={"format": "pt"})))
-    else:
+    """Write a state_dict with torch.save, or as safetensors if the path ends in .safetensors."""
+    if Path(path).suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(state, file))
-
-
-def save_beit(model, path):
-    """The released BEiT's format: {"model": state_dict}."""
-    write_tensors({"model": model.state_dict()}, path)
+        return
+    if safetensors is None:
+        raise UserError(f"{path}: safetensors is not installed; give the name of a .bin or .pth file")
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda file: file.write(safetensors.save(state, metadata={"format": "pt"})))
 
 
 def save_timm(model, path):
-    """A state_dict for timm.create_model("beit_...", checkpoint_path=...), without [M] and token head; as
-    safetensors if path ends so. ValueError for a segmenter."""
-    check(not isinstance(model, vit.SemanticSegmenter),
-          "timm has no place for a segmenter's decoder; huggingface takes the backbone")
+    """Write a state_dict for timm.create_model("beit_...", checkpoint_path=path), without [M] and token head.
+
+    Raises UserError for a segmenter.
+    """
+    if isinstance(model, vit.SemanticSegmenter):
+        raise UserError(f"{path}: timm has no place for a segmenter's decoder; --to huggingface writes the "
+                        "backbone alone")
     state = model.state_dict()
     write_tensors({name: state[name] for name in state if not name.startswith(("mask_", "lm_head."))}, path)
 
 
-def save_huggingface(model, folder, classes=None):
-    """A folder for from_pretrained: config.json, preprocessor_config.json and the weights, in
-    model.safetensors where that package is installed, else in pytorch_model.bin.
+def save_huggingface(model, path, classes=None):
+    """Write a folder that transformers opens: config.json, preprocessor_config.json and the weights.
 
     MaskedImageModel -> BeitForMaskedImageModeling, ImageClassifier -> BeitForImageClassification, others ->
-    BeitModel (of a segmenter the backbone alone). classes: names of the classes.
+    BeitModel (of a segmenter the backbone alone). classes: names of the classes. To classify an image:
+
+        from transformers import BeitForImageClassification, BeitImageProcessor
+        processor = BeitImageProcessor.from_pretrained(path)
+        model = BeitForImageClassification.from_pretrained(path)
+        logits = model(**processor(image, return_tensors="pt")).logits
+
+    The tokenizer stays behind, as Hugging Face has no place for it. BeitForMaskedImageModeling predicts its
+    tokens; to decode them, keep its own file: a model.pt of train_dvae.py, or DALL-E's .pkl files.
     """
-    config, folder, state, more = model.config, Path(folder), model.state_dict(), {}
-    for attn in [f"blocks.{i}.attn." for i in range(config.depth)]:
-        parts = zip("qkv", state.pop(f"{attn}qkv.weight").chunk(3))
-        state |= {f"{attn}{part}_weight": rows.clone() for part, rows in parts}
-    architecture, prefix = "BeitModel", "beit."
+    config, architecture, head = model.config, "BeitModel", {}
     if isinstance(model, vit.MaskedImageModel):
-        architecture, more["vocab_size"] = "BeitForMaskedImageModeling", len(model.lm_head.weight)
+        architecture, head = "BeitForMaskedImageModeling", {"vocab_size": len(model.lm_head.weight)}
     elif isinstance(model, vit.ImageClassifier):
         architecture = "BeitForImageClassification"
         classes = list(classes or [f"LABEL_{k}" for k in range(len(model.head.weight))])
-        more = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
-    else:
-        prefix, state = "", {name: state[name] for name in state if not name.startswith(HEADS)}
-    state = {rename(name, [row[:2] for row in HUGGINGFACE]): tensor for name, tensor in state.items()}
-    outside = ("lm_head.", "layernorm.", "classifier.")    # not in the BeitModel of a model with a head
-    state = {name if name.startswith(outside) else prefix + name: state[name] for name in state}
+        head = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
     height, width = config.image_hw
+    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {
         "model_type": "beit", "architectures": [architecture],
         "image_size": height if height == width else [height, width], "patch_size": config.patch_size,
-        "num_channels": config.in_channels, "hidden_size": config.dim, "num_hidden_layers": config.depth,
+        "num_channels": 3, "hidden_size": config.dim, "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads, "intermediate_size": int(config.dim * config.mlp_ratio),
         "hidden_act": "gelu", "layer_norm_eps": config.layer_norm_eps,
         "layer_scale_init_value": config.layer_scale, "drop_path_rate": config.drop_path,
@@ -458,40 +457,50 @@ def save_huggingface(model, folder, classes=None):
         "use_mean_pooling": architecture != "BeitModel" or isinstance(model.norm, nn.Identity),
         "use_absolute_position_embeddings": config.position == "absolute",
         "use_relative_position_bias": config.position == "relative",
-        "use_shared_relative_position_bias": config.position == "shared_relative", **more})
+        "use_shared_relative_position_bias": config.position == "shared_relative", **head})
     write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "BeitImageProcessor", "size": {"height": height, "width": width},
         "do_center_crop": False, "image_mean": config.pixel_mean, "image_std": config.pixel_std})
-    write_tensors(state, folder / ("model.safetensors" if safetensors else "pytorch_model.bin"))
+    write_tensors(huggingface_state_dict(model),
+                  folder / ("model.safetensors" if safetensors else "pytorch_model.bin"))
+
+
+def huggingface_state_dict(model):
+    """Return the state_dict of a model with Hugging Face's names; q, k and v are separate there."""
+    state, prefix = model.state_dict(), "beit."
+    if not isinstance(model, (vit.MaskedImageModel, vit.ImageClassifier)):
+        state, prefix = {name: state[name] for name in state if not name.startswith(HEADS)}, ""
+    for attn in [f"blocks.{i}.attn." for i in range(model.config.depth)]:
+        for part, weight in zip("qkv", state.pop(f"{attn}qkv.weight").chunk(3)):
+            state[f"{attn}{part}_weight"] = weight.clone()             # safetensors refuses views
+    state = {rename(name, [row[:2] for row in HUGGINGFACE]): tensor for name, tensor in state.items()}
+    outside = ("lm_head.", "layernorm.", "classifier.")    # not in the BeitModel of a model with a head
+    return {name if name.startswith(outside) else prefix + name: tensor for name, tensor in state.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Describe a checkpoint, or convert it.", allow_abbrev=False)
-    parser.add_argument("file", help="ours, the released BEiT's, timm's or Hugging Face's")
-    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"),
-                        help="huggingface FOLDER, timm FILE or beit FILE")
+    parser.add_argument("file", help="of this project, the released BEiT, timm or Hugging Face")
+    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "OUT"), help="huggingface FOLDER or timm FILE")
+    args = parser.parse_args()
+    target, out = args.to or (None, "")
+    if target not in (None, "huggingface", "timm"):
+        parser.error(f"--to: must be huggingface or timm, got {target}")
+    if target == "huggingface" and Path(out).is_file():
+        parser.error(f"--to: huggingface takes a folder, and {out} is a file")
+    if target == "timm" and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        parser.error(f"--to: timm takes a file in a folder that exists, got {out or 'nothing'}")
     with one_line_errors():
-        args = parser.parse_args()
-        form, out = args.to or (None, "")
-        try:
-            check(form in (None, "huggingface", "timm", "beit"),
-                  f"--to: huggingface, timm or beit, not {form}")
-            check(form != "huggingface" or not Path(out).is_file(),
-                  f"--to: {out} is a file; huggingface takes a folder")
-            check(form not in ("timm", "beit") or Path(out).parent.is_dir() and not Path(out).is_dir(),
-                  f"--to: {out or 'nothing'} is not a file in a folder that exists")
-            model, info = build(args.file)
-            say(f"{args.file}: {info['source']}, {type(model).__name__}, {info['outputs'] or 'no'} outputs, "
-                f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(info['dropped'])} tensors "
-                f"left out\n{info['config']}")
-            if form == "huggingface":
-                save_huggingface(model, out, info["classes"])
-            elif form:
-                {"timm": save_timm, "beit": save_beit}[form](model, out)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if form:
-            say(f"written to {out}, for {form}")
+        model, info = build(args.file)
+        say(f"{args.file}: {info['source']}, {type(model).__name__}, {info['outputs'] or 'no'} outputs, "
+            f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
+            f"{len(info['dropped'])} tensors left out\n{info['config']}")
+        if target == "huggingface":
+            save_huggingface(model, out, info["classes"])
+        elif target == "timm":
+            save_timm(model, out)
+        if target:
+            say(f"written to {out}, for {target}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
+import io
 import json
 import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections import defaultdict
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict
 from pathlib import Path
 from signal import SIGKILL
+from unittest import mock
 
 import pytest
 
@@ -64,6 +69,97 @@ def few_scenes():
     data.Shapes.__len__ = lambda self: 120 if self.split == "train" else 24
 
 
+# ---- Small runs of finetune, segment and probe, in this process ----
+
+SHORT = "--batch-size 12 --precision fp32 --steps 6 --save-every 3 --log-every 1 --lr 1e-3".split()
+
+
+@pytest.fixture(scope="module")
+def few_images():
+    """Within one module of tests, `shapes` has as many scenes as few_scenes says."""
+    import data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "__len__", data.Shapes.__len__)    # restored after the module
+        few_scenes()
+        yield
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """model.pt of a masked image model with random weights, as pretrain.py writes it."""
+    import torch
+
+    import vit
+    torch.manual_seed(0)
+    config = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=2, heads=2, layer_scale=0.1,
+                           position="shared_relative")
+    model = vit.MaskedImageModel(config, 64)
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    path = tmp_path_factory.mktemp("pretrained") / "model.pt"
+    torch.save({"model": model.state_dict(), "config": {"vit": asdict(config), "vocab_size": 64},
+                "kind": "MaskedImageModel"}, path)
+    return path
+
+
+def small_args(script, out, *flags):
+    """The parsed flags of a small run of a script, given as a module."""
+    return script.parse_args(["--out", str(out), *SHORT, *map(str, flags)])
+
+
+def train_small(script, out, *flags):
+    """Train in this process, with small_args. Returns what is printed."""
+    import torch
+    with redirect_stdout(io.StringIO()) as printed:
+        script.train(small_args(script, out, *flags), torch.device("cpu"))
+    return printed.getvalue()
+
+
+def interrupt_small(script, step, out, *flags):
+    """Train as train_small does, but end the run after a step as if it had been killed there."""
+    import run
+    update = run.Run.update
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def update_or_end(self, loss, **scores):
+        update(self, loss, **scores)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(run.Run, "update", update_or_end), pytest.raises(KeyboardInterrupt):
+        train_small(script, out, *flags)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def evaluate_in_processes(evaluate, monkeypatch):
+    """Evaluate 70 images of `shapes` as a single process does, and as three processes that share them do.
+
+    Returns both reports, and the values that the three passed to all_gather: {type: values}.
+    """
+    import data
+    import launch
+    reports, gathered = [], defaultdict(list)
+
+    def all_gather(value):    # for the last rank, of all three
+        gathered[type(value)].append(value)
+        return gathered[type(value)]
+
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 70)       # batches have 64, and 6
+    monkeypatch.setattr(launch, "all_gather", all_gather)
+    for rank, world_size in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        if rank == 0:
+            gathered.clear()
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setenv("RANK", str(rank))
+        reports.append(evaluate())
+    return reports[0], reports[-1], gathered
+
+
+def result(out):
+    """result.json of a run."""
+    return json.loads((out / "result.json").read_text())
+
+
 # ---- Small runs of the scripts, as processes ----
 
 # On the CPU, even beside a GPU, which test_device.py takes; ten steps an epoch.
@@ -71,30 +167,32 @@ BRIEF = "--device cpu --precision fp32 --batch-size 12 --save-every 3 --log-ever
 SMALL = [*"--image-size 32 --patch-size 8 --dim 16 --depth 2 --heads 2".split(), *BRIEF]
 PROGRAM = """
 import os, signal, sys
-import conftest, training, {script}
+import conftest, launch, run, {script}
 conftest.few_scenes()
 {hurt}
 sys.argv[0] = "{script}.py"
 {script}.main()
 """
 AT_STEP = """
-function = training.Run.{method}
-def hurt(run, step, *values, **more):
-    if step == {step} and training.rank() == {rank}:
+function = run.Run.{method}
+def hurt(self, *values):
+    if self.step == {steps_done} and launch.rank() == {rank}:
         {action}
-    return function(run, step, *values, **more)
-training.Run.{method} = hurt
+    return function(self, *values)
+run.Run.{method} = hurt
 """
 # All processes, torchrun's too, are forked from one that has imported everything, to save most of their time.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["conftest", "torch.distributed.run", "dvae", "finetune", "pretrain"])
+SCRIPTS = ["train_dvae", "pretrain", "finetune", "segment", "probe"]
+PROCESSES.set_forkserver_preload(["conftest", "torch.distributed.run", *SCRIPTS])
 _started = []
 
 
 def at(step, method, action, rank=0):
-    """Code that lets one process of a run act before it calls all_reduce, log or save_or_stop in a step."""
-    return AT_STEP.format(step=step, method=method, action=action, rank=rank)
+    """Code that lets one process of a run act before it calls _all_reduce, _log or _save in a step."""
+    steps_done = step - 1 if method == "_all_reduce" else step
+    return AT_STEP.format(steps_done=steps_done, method=method, action=action, rank=rank)
 
 
 def start(out, *flags, script="pretrain", processes=1, torchrun=(), hurt="", signal=0, at_step=0):
@@ -103,10 +201,10 @@ def start(out, *flags, script="pretrain", processes=1, torchrun=(), hurt="", sig
     hurt: Python code to run before its main(). signal: what its first process gets in the middle of a step.
     """
     if signal:    # after the backward pass
-        hurt = at(at_step, "all_reduce", f"os.kill(os.getpid(), {signal:d})")
+        hurt = at(at_step, "_all_reduce", f"os.kill(os.getpid(), {signal:d})")
     if processes > 1:
         torchrun = ["--standalone", f"--nproc_per_node={processes}", *torchrun]
-    flags = ["--out", out, *(BRIEF if script == "dvae" else SMALL), *flags]
+    flags = ["--out", out, *(BRIEF if script in ("train_dvae", "probe") else SMALL), *flags]
     folder = Path(tempfile.mkdtemp(prefix="beit-"))
     (folder / "program.py").write_text(PROGRAM.format(script=script, hurt=hurt))
     process = PROCESSES.Process(target=_run, args=(folder, list(map(str, flags)), torchrun))

@@ -33,6 +33,16 @@ def test_position_replaces_the_presets(tmp_path):
     assert bench.Bench(args, CPU, tmp_path).config.position == "shared_relative"
 
 
+def test_a_step_trains_and_clips_the_gradient(tmp_path, monkeypatch):
+    args = Namespace(model="demo", batch_size=2, precision="fp32", position=None)
+    bench_of_demo, norms = bench.Bench(args, CPU, tmp_path), []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
+    before = [parameter.clone() for parameter in bench_of_demo.model.parameters()]
+    bench_of_demo.training_step(bench_of_demo.model)()
+    after = bench_of_demo.model.parameters()
+    assert norms == [3] and not any(old.equal(new) for old, new in zip(before, after) if old.any())
+
+
 @pytest.mark.parametrize("only, rows", [
     ((), {"limit: decoding JPEGs, one core", "masks, one core", "two views and a mask, one core", "tokenizer",
           "pre-training step"}),
@@ -46,13 +56,13 @@ def test_rows(only, rows, tmp_path, monkeypatch):
     bench.main()
     table = json.loads(out.read_text())["rows"]
     assert table.keys() >= rows | {"limit: copying memory"}
-    assert {torch.nn.Module in type(one).mro() for one in compiled} == ({False, True} if only else set())
+    assert {isinstance(value, torch.nn.Module) for value in compiled} == ({False, True} if only else set())
     assert all(row["rate"] > 0 and row["spread"] >= 0 for row in table.values())
     assert not only or table.keys() == rows | {name for name in table if name.startswith("limit")}
     for name, row in table.items():
-        if name.startswith("pre-training"):    # also by timm and transformers, if they are installed
+        if name.startswith("pre-training"):    # also those of timm and transformers, if they are installed
             assert row["gflop"] == pytest.approx(table["pre-training step"]["gflop"], rel=1e-3)
-            assert row["gflop"] > 5 * table["tokenizer"]["gflop"]      # with the backward pass; without 3
+            assert row["gflop"] > 5 * table["tokenizer"]["gflop"]      # with the backward pass; without it 3
         if name in rows and "tflops" in row:
             assert row["tflops"] == pytest.approx(row["rate"] * row["gflop"] / 1e3)
             assert row["of_limit"] > 0

@@ -1,5 +1,5 @@
-"""Wrong command lines end with argparse's own error, or one line that names the flag or file and what would
-be accepted; exit status 2, no traceback, nothing written."""
+"""Wrong command lines end with argparse's error, or with one line that names the flag or the file and what
+would be accepted. The exit status is 2, there is no traceback, and nothing is written."""
 import dataclasses
 import importlib
 import re
@@ -19,140 +19,173 @@ import vit
 
 SMALL = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=2, heads=2, position="shared_relative")
 
-# script -> lines of "flags | how the last line of stderr goes on after <script>.py: error:"; ... is any text.
-# F/ is the folder of the fixture `files`. Where flags share a mechanism, such as ranges, a few stand for all.
+# script -> lines of "flags | beginning of the error", without "<script>.py: error: " before it.
+# "..." stands for any text, F/ for the folder of the fixture `files`. Each type of flag is tested once.
 WRONG = {
     "pretrain": """
         --step 3 | unrecognized arguments: --step 3
         --steps 1e3 | argument --steps: invalid int value: '1e3'
         --pixel-mean 1 2 | argument --pixel-mean: expected 3 arguments
         --position sine | argument --position: invalid choice: 'sine' ...shared_relative
-        --device cuda | --device: 1 GPUs are needed and 0 are here; cpu works without
-        --steps 2 --epochs 2 | --steps and --epochs: give one of them
-        --out '' | --out: not an empty text
-        --steps 0 | --steps: a number from 1 to inf, not 0
-        --lr nan | --lr: a number from 1e-12 to inf, not nan
-        --weight-decay inf | --weight-decay: a number from 0 to inf, not inf
-        --pixel-mean inf 0 0 | --pixel-mean: finite numbers
-        --pixel-std 0 1 1 | --pixel-std: above 0
-        --drop-path 1 | --drop-path: from 0 to below 1, not 1.0
+        --preset demo-8192 | argument --preset: invalid choice: 'demo-8192' ...large
+        --steps 2 --epochs 2 | argument --epochs: not allowed with argument --steps
+        --out '' | argument --out: must not be empty
+        --steps 0 | argument --steps: must be at least 1, got 0
+        --lr nan | argument --lr: must be at least 1e-12, got nan
+        --weight-decay inf | argument --weight-decay: must be at least 0, got inf
+        --device cuda | --device: found 0 GPUs for 1 processes; use --device cpu
+        --pixel-mean inf 0 0 | --pixel-mean: must be finite numbers, got (inf
+        --pixel-std 0 1 1 | --pixel-std: must be above 0, got (0
+        --drop-path 1 | --drop-path: must be from 0 to below 1, got 1.0
+        --patch-size 7 | --patch-size: must be a divisor of image_size 64, got 7
+        --heads 5 | --heads: must be a divisor of dim 128, got 5
         --accumulate 3 | --batch-size: 32 does not divide into 1 processes x 3 parts; 33 would
         --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
-        --patch-size 7 | --patch-size: a divisor of image_size 64, not 7
-        --heads 5 | --heads: a divisor of dim 128, not 5
-        --mask-ratio 0 | --mask-ratio: between 0 and 1, so that some of the 64 patches are masked
-        --mask-ratio 1 | --mask-ratio: between 0 and 1
-        --mask-ratio 0.99 --no-exact-masks | --mask-ratio: between 0 and 1
-        --masking none | --masking: none ...--predict all
-        --masking none --predict all --target pixels | --masking: none ...--target tokens
-        --masking random --log-aspect | --log-aspect: only with --masking blockwise
-        --masking random --no-exact-masks | --no-exact-masks: only with --masking blockwise
-        --target pixels --tokenizer a.pt | --tokenizer: not used with --target pixels
-        --target pixels --tokenizer-steps 3 | --tokenizer-steps: not used with ...--target pixels
-        --tokenizer a.pt --tokenizer-steps 3 | --tokenizer-steps: not used with --tokenizer
+        --mask-ratio 0 | --mask-ratio: must mask from 1 to 63 of 64 patches, got 0
+        --mask-ratio 1 | --mask-ratio: must mask from 1 to 63 of 64 patches, got 1
+        --mask-ratio 0.99 --no-exact-masks | --mask-ratio: must mask from 1 to 62 of 64 patches, got ...0.99
+        --mask-ratio nan | argument --mask-ratio: must be from 0 to 1, got nan
+        --masking none | --masking none needs --predict all and --target tokens
+        --masking none --predict all --target pixels | --masking none needs --predict all and --target tokens
+        --masking random --log-aspect | --log-aspect and ...: only with --masking blockwise
+        --masking random --no-exact-masks | ...--no-exact-masks: only with --masking blockwise
+        --target pixels --tokenizer a.pt | --tokenizer, ...: not used with --target pixels
+        --target pixels --tokenizer-steps 3 | ...--tokenizer-steps: not used with --target pixels
+        --target pixels --tokenizer-preset demo | ...--tokenizer-preset ...: not used with --target pixels
+        --tokenizer a.pt --tokenizer-steps 3 | ...--tokenizer-steps: not used with --tokenizer
+        --tokenizer a.pt --tokenizer-preset base | --tokenizer-preset ...: not used with --tokenizer
         --data gone | --data: gone is not a folder, nor shapes, fashion-mnist
         --data F/folder | --data: no images under F/folder
         --data F/images --preset demo | --batch-size: 32 is more than the 2 training images
         --data fashion-mnist --data-root gone | --data-root: gone has no FashionMNIST/raw
         --data fashion-mnist --data-root F/hollow | --data-root: F/hollow ...damaged files
-        --tokenizer gone.pt | --tokenizer: gone.pt does not exist; a model.pt of dvae.py or DALL-E's
-        --tokenizer F/pretrained.pt | --tokenizer: F/pretrained.pt holds a MaskedImageModel
-        --tokenizer F/misfit.pt | --tokenizer: F/misfit.pt holds a tokenizer whose weights and sizes do not
+        --tokenizer gone.pt | gone.pt: no such file
+        --tokenizer F/pretrained.pt | F/pretrained.pt: expected a tokenizer ...found MaskedImageModel
+        --tokenizer F/misfit.pt | F/misfit.pt: expected a tokenizer whose weights fit its config
         --out F/text | --out: ...F/text
         --out /proc/run | --out: .../proc/run""",
-    "dvae": """
+    "train_dvae": """
         --patch-size 8 | unrecognized arguments: --patch-size 8
-        --image-size 30 | --image-size: a multiple of 4 for 3 groups, not 30
+        --preset tiny | argument --preset: invalid choice: 'tiny' ...demo-8192
+        --vocab-size 1 | argument --vocab-size: must be at least 2, got 1
+        --temperature 0 | argument --temperature: must be from 1e-06 to 1, got 0
+        --image-size 30 | --image-size: must be a multiple of 4 for 3 groups, got 30
         --data F/images --preset demo | --batch-size: 16 is more than the 2 training images
         --out F/text | --out: ...F/text
-        --device cuda | --device: ...cpu works without""",
+        --device cuda | --device: found 0 GPUs for 1 processes; use --device cpu""",
     "finetune": """
-        | --init: runs/pretrain-shapes/model.pt is not there; `python pretrain.py` with the same
-        --eval | --init: runs/finetune-shapes/model.pt ...`python finetune.py --task classification`
-        --init '' | --init: ...is a folder
-        --init gone.pt | --init: gone.pt does not exist
-        --init F/cut.pt | --init: F/cut.pt is cut off
-        --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer ...not a backbone
-        --init F/pretrained.pt --patch-size 4 | --init: ...does not fit ...patch_embed.proj.weight
-        --init F/pretrained.pt --position absolute | --init: ...--position shared_relative fits
-        --init F/pretrained.pt --heads 3 | --heads: a divisor of dim 16, not 3
-        --init F/pretrained.pt --eval --task knn | --eval: only with --task classification or segmentation
+        | --init: runs/pretrain-shapes/model.pt does not exist; pretrain.py with the same --data writes it
+        --eval | --init: runs/finetune-shapes/model.pt does not exist; this script without --eval writes it
+        --preset intermediate-giant | argument --preset: invalid choice: 'intermediate-giant' ...cifar100
+        --task probe | unrecognized arguments: --task probe
+        --init '' | argument --init: must not be empty
+        --init F/folder | F/folder: expected a file of weights, such as model.pt
+        --init gone.pt | gone.pt: no such file
+        --init F/cut.pt | F/cut.pt: cut off, damaged or no file of weights
+        --init F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
+        --init F/pretrained.pt --patch-size 4 | --patch-size: F/pretrained.pt has 8, not 4
+        --init F/pretrained.pt --position absolute | --position: F/pretrained.pt has ...relative, not absolute
+        --init F/pretrained.pt --heads 4 | --heads: F/pretrained.pt has 2, not 4
+        --init F/pretrained.pt --eval | --eval: F/pretrained.pt has no head for this task and these classes
+        --init F/classifier.pt --eval | --eval: F/classifier.pt has no head ...: disc, ...; it was ...for a, b
         --init F/pretrained.pt --out F/text | --out: ...F/text
-        --init none --task probe | --init: none leaves nothing to evaluate
-        --init none --eval | --init: none leaves nothing to evaluate
+        --init none --eval | --init...none leaves nothing to evaluate
+        --init none --heads 5 | --heads: must be a divisor of dim 128, got 5
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
-        --init none --scale 2 1 | --scale: the smaller number first, not (2.0, 1.0)
-        --init none --scale 1 inf | --scale: a number from 1e-06 to inf, not inf
-        --init none --labels 3 | --labels: from 10, one a class, to 10000
-        --init none --validate 10000 | --validate: from 1 to 9999
+        --init none --layer-decay 0 | argument --layer-decay: must be from 1e-06 to 1, got 0
+        --init none --labels 3 | --labels: must be from 10, one per class, to 10000, got 3
+        --init none --validate 10000 | --validate: must be from 1 to 9999, got 10000
         --init none --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
-        --init none --task segmentation --labels 50 | --labels: not with --task segmentation
-        --init none --task segmentation --data cifar10 | --data: cifar10 has no maps
-        --init none --task segmentation --data F/images | --data: F/images ...images/training
         --init none --data F/images | --data: F/images needs train/ and val/
         --init none --data F/one-class | --data: F/one-class/train ...at least two
         --init none --data F/unknown-class | --data: ...F/unknown-class/val has class...c""",
+    "segment": """
+        | --init: runs/pretrain-shapes/model.pt does not exist; pretrain.py with the same --data writes it
+        --eval | --init: runs/segment-shapes/model.pt does not exist; this script without --eval writes it
+        --labels 50 | unrecognized arguments: --labels 50
+        --preset base-384 | argument --preset: invalid choice: 'base-384' ...intermediate
+        --init F/classifier.pt --eval | --eval: F/classifier.pt has no head for this task and these classes
+        --init none --eval | --init...none leaves nothing to evaluate
+        --init none --scale 2 1 | --scale: the smaller number comes first, got 2.0 1.0
+        --init none --scale 1 inf | argument --scale: must be at least 1e-12, got inf
+        --init none --data cifar10 | --data: cifar10 has no maps
+        --init none --data F/images | --data: F/images ...images/training
+        --init none --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images""",
+    "probe": """
+        | --init: runs/pretrain-shapes/model.pt does not exist; pretrain.py with the same --data writes it
+        --knn | --init: runs/pretrain-shapes/model.pt does not exist
+        --preset large | argument --preset: invalid choice: 'large' ...base
+        --dim 16 | unrecognized arguments: --dim 16
+        --init none | --init none: there are no features to evaluate
+        --init F/pretrained.pt --accumulate 2 | --accumulate: not supported, because
+        --init F/pretrained.pt --eval | unrecognized arguments: --eval
+        --init F/pretrained.pt --out F/text | --out: ...F/text
+        --init F/pretrained.pt --image-size 30 | --patch-size: must be a divisor of image_size 30, got 8
+        --init F/pretrained.pt --labels 3 | --labels: must be from 10, one per class, to 10000, got 3
+        --init F/pretrained.pt --knn --neighbours 0 | argument --neighbours: must be at least 1, got 0""",
     "visualize": """
         | the following arguments are required: WHAT
         painting | argument WHAT: invalid choice: 'painting' ...masks
-        masks --grid 0 4 | argument --grid: a whole number from 1 to ...not 0
-        masks --ratio 0 | --ratio: between 0 and 1 so that some of the 196 patches are masked
-        masks --ratio nan | --ratio: between 0 and 1 ...not nan
-        masks --seed 99999999999999999999 | argument --seed: a whole number from 0 to 2147483647
-        masks --out a.gif | --out: a file that ends in .png
-        masks --out F/folder.png | --out: a file that ends in .png...not F/folder.png
+        masks --grid 0 4 | argument --grid: must be at least 1, got 0
+        masks --ratio 0 | --ratio: must mask at least 1 and at most 195 of 196 patches, 0 masks 0
+        masks --ratio nan | argument --ratio: must be from 0 to 1, got nan
+        masks --seed 99999999999999999999 | argument --seed: must be from 0 to 4294967295, got 9999
+        masks --out a.gif | --out: must be a file that ends in .png
+        masks --out F/folder.png | --out: must be a file that ends in .png...got F/folder.png
         masks --out F/text/a.png | --out: F/text/a.png cannot be written (
         masks --data gone | --data: gone is not a folder
         masks --images gone.jpg | --images: gone.jpg cannot be read
-        positions | --init: runs/pretrain-shapes/model.pt does not exist; `python pretrain.py` leaves
-        positions --init F/tokenizer.pt | --init: F/tokenizer.pt is a tokenizer
-        predict --init F/classifier.pt | --init: ...holds a ImageClassifier, not a MaskedImageModel
-        predict --init F/pretrained.pt | --tokenizer: F/tokenizer/model.pt is not there; `python pretrain.py`
+        positions | --init: runs/pretrain-shapes/model.pt does not exist; `python pretrain.py` writes
+        positions --init F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
+        predict --init F/classifier.pt | --init: F/classifier.pt must be a MaskedImageModel, got
+        predict --init F/pretrained.pt | --tokenizer: F/tokenizer/model.pt does not exist; `python
         predict --init F/pretrained.pt --tokenizer F/other.pt | --tokenizer: F/other.pt has 40 codes
-        predict --init F/pretrained.pt --tokenizer F/tokenizer.pt --ratio 0.01 | --ratio: ...of the 16 patches
-        tokens --tokenizer F/pretrained.pt | --tokenizer: F/pretrained.pt holds a MaskedImageModel
-        tokens --tokenizer F/tokenizer.pt --size 30 | --size: a multiple of 4
-        attention --init F/pretrained.pt --size 30 | --size: a multiple of the patch size 8
-        attention --init F/pretrained.pt --layer 3 | --layer: 1 to 2
-        attention --init F/pretrained.pt --patch 9,9 | --patch: S, or ROW,COL from 0,0 to 3,3
-        attention --init F/pretrained.pt --patch left | --patch: S, or ROW,COL
-        attention-objects --init F/pretrained.pt --compare gone.pt | --compare: gone.pt does not exist
+        predict --init F/pretrained.pt --tokenizer F/tokenizer.pt --ratio 0.01 | --ratio: must mask ...of 16
+        tokens --tokenizer F/pretrained.pt | F/pretrained.pt: expected a tokenizer ...found MaskedImageModel
+        tokens --tokenizer F/tokenizer.pt --size 30 | --size: must be a multiple of 4 for F/tok
+        attention --init F/pretrained.pt --size 30 | --size: must be a multiple of the patch size 8, got 30
+        attention --init F/pretrained.pt --layer 3 | --layer: must be from 1 to 2, or -1 for the last, got 3
+        attention --init F/pretrained.pt --patch 9,9 | --patch: must be S, or ROW,COLUMN from 0,0 to 3,3
+        attention --init F/pretrained.pt --patch left | --patch: must be S, or ROW,COLUMN
+        attention-objects | argument WHAT: invalid choice: 'attention-objects'
         curves | --runs: runs/pretrain-shapes/metrics.jsonl is not the log ...No such file
         curves --runs F/broken-log | --runs: F/broken-log/metrics.jsonl is not the log""",
     "bench": """
         --precison fp32 | unrecognized arguments: --precison fp32
-        --batch-size 0 | --batch-size: a number from 1 to inf, not 0
-        --out F/folder | --out: F/folder is not a file in a folder that exists
-        --out gone/bench.json | --out: gone/bench.json is not a file in a folder that exists
-        --out '' | --out: ...is not a file
+        --batch-size 0 | argument --batch-size: must be at least 1, got 0
+        --out F/folder | --out: must be a file in a folder that exists, got F/folder
+        --out gone/bench.json | --out: must be a file in a folder that exists, got gone/bench.json
+        --out '' | argument --out: must not be empty
         --model demo --only banana | --only: no row is called banana...pre-training step""",
     "weights": """
         | the following arguments are required: file
-        gone.pt | gone.pt does not exist
-        F/folder | F/folder is a folder, not a file
-        F/web.pt | F/web.pt is cut off, damaged or no file of weights
-        F/tokenizer.pt | F/tokenizer.pt is a tokenizer
-        F/segmenter.pt --to timm x | timm has no place for a segmenter
-        F/pretrained.pt --to onnx x | --to: huggingface, timm or beit, not onnx
+        gone.pt | gone.pt: no such file
+        F/folder | F/folder: expected a file of weights, such as model.pt
+        F/web.pt | F/web.pt: cut off, damaged or no file of weights
+        F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
+        F/segmenter.pt --to timm x | x: timm has no place for a segmenter's decoder; --to huggingface
+        F/pretrained.pt --to onnx x | --to: must be huggingface or timm, got onnx
         F/pretrained.pt --to timm | argument --to: expected 2 arguments
-        F/pretrained.pt --to huggingface F/text | --to: F/text is a file; huggingface takes a folder
-        F/pretrained.pt --to timm F/folder | --to: F/folder is not a file in a folder that exists
-        F/pretrained.pt --to beit gone/x.pt | --to: gone/x.pt is not a file in a folder that exists
-        F/pretrained.pt --to beit '' | --to: nothing is not a file""",
+        F/pretrained.pt --to huggingface F/text | --to: huggingface takes a folder, and F/text is a file
+        F/pretrained.pt --to timm F/folder | --to: timm takes a file in a folder that exists, got F/folder
+        F/pretrained.pt --to timm gone/x.pt | --to: timm takes a file in a folder that exists, got gone/x.pt
+        F/pretrained.pt --to timm '' | --to: timm takes a file in a folder that exists, got
+        F/pretrained.pt --to beit x | --to: must be huggingface or timm, got beit""",
 }
+TRAINING = ("pretrain", "train_dvae", "finetune", "segment", "probe")
 MODULES = {"bench": "tools.bench", "reproduce": "tools.reproduce"}
 CASES = [(script, *map(str.strip, line.split("|")))
          for script, lines in WRONG.items() for line in lines.splitlines()[1:]]
 
 
-def picture(path):
+def write_picture(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((20, 20, 3), 99, dtype=np.uint8)).save(path)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Models of every kind, and files and folders that are not what is asked for."""
+    """A folder with models of every kind, and with files and folders that no flag accepts."""
     folder = tmp_path_factory.mktemp("files")
 
     def save(name, model, config):
@@ -178,77 +211,87 @@ def files(tmp_path_factory):
             (folder / f"hollow/FashionMNIST/raw/{split}-{part}-ubyte").write_bytes(b"")
     for name in ("images/0", "images/1", "images/2", "one-class/train/a/0", "one-class/val/a/0",
                  "unknown-class/train/a/0", "unknown-class/train/b/0", "unknown-class/val/c/0"):
-        picture(folder / f"{name}.png")
+        write_picture(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(autouse=True)
-def one_minute():
-    """A command line that is not refused would train for an hour."""
-    def over(*_):
+def limit_to_one_minute():
+    """End a test whose command line is not refused: it would train for an hour."""
+    def fail(*_):
         raise AssertionError("not refused")
 
-    before = signal.signal(signal.SIGALRM, over)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(60)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
-def contents(folder):
+def list_files(folder):
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def assert_refused(script, line, status, out, err, files):
-    err = err.replace(f"{files}/", "F/")
-    last = err.splitlines()[-1]
-    assert status == 2 and "Traceback" not in out + err, err
-    assert err == last + "\n" or err.startswith("usage: "), err
-    expected = re.escape(line).replace(r"\.\.\.", ".*")
-    assert re.match(rf"{script}\.py( [a-z-]+)?: error: {expected}", last), last
-
-
-@pytest.mark.parametrize("script, flags, line", CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
-def test_wrong_command_lines_are_refused(script, flags, line, files, tmp_path, monkeypatch, capfd):
-    module, before = importlib.import_module(MODULES.get(script, script)), contents(files)
-    capfd.readouterr()                                                 # what libraries say when imported
-    monkeypatch.chdir(tmp_path)
-    flags = [word.replace("F/", f"{files}/") for word in shlex.split(flags)]
+def run_main(script, flags, monkeypatch):
+    """Call the main() of a script with these flags, and return its exit status."""
+    module = importlib.import_module(MODULES.get(script, script))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as end:
         module.main()
-    assert_refused(script, line, end.value.code, *capfd.readouterr(), files)
-    assert not list(tmp_path.iterdir()) and contents(files) == before
+    return end.value.code
 
 
-def test_the_script_itself_ends_so(files, tmp_path):
+def assert_refused(script, expected, status, out, err):
+    """Assert that a script ended with one line of error, below argparse's usage or alone."""
+    last_line = err.splitlines()[-1]
+    assert status == 2 and "Traceback" not in out + err, err
+    assert err == last_line + "\n" or err.startswith("usage: "), err
+    expected = re.escape(expected).replace(r"\.\.\.", ".*")
+    assert re.match(rf"{script}\.py( [a-z-]+)?: error: {expected}", last_line), last_line
+
+
+@pytest.mark.parametrize("script, flags, error", CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
+def test_wrong_command_lines_are_refused(script, flags, error, files, tmp_path, monkeypatch, capfd):
+    importlib.import_module(MODULES.get(script, script))
+    before = list_files(files)
+    capfd.readouterr()                                                 # forget what libraries print at import
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status = run_main(script, shlex.split(flags.replace("F/", f"{files}/")), monkeypatch)
+    out, err = capfd.readouterr()
+    assert_refused(script, error, status, out, err.replace(f"{files}/", "F/"))
+    assert not list(tmp_path.iterdir()) and list_files(files) == before
+
+
+def test_a_script_that_runs_as_a_process(tmp_path):
     command = [sys.executable, ROOT / "pretrain.py", "--batch-size", "0"]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    line = "--batch-size: a number from 1 to inf, not 0"
-    assert_refused("pretrain", line, done.returncode, done.stdout, done.stderr, files)
+    error = "argument --batch-size: must be at least 1, got 0"
+    assert_refused("pretrain", error, done.returncode, done.stdout, done.stderr)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["pretrain", "dvae", "finetune"])
-def test_processes_that_cannot_share_a_batch(script, monkeypatch, capsys, tmp_path, files):
-    """As under torchrun with 3 processes; the last rank has nothing to say, so that the line comes once."""
+@pytest.mark.parametrize("script, flags, error", [
+    *((script, "--batch-size 32", "--batch-size: 32 does not divide into 3 processes x 1 parts; 33 would")
+      for script in TRAINING),
+    ("finetune", "--batch-size 33", "--init: runs/pretrain-shapes/model.pt does not exist; pretrain.py")])
+def test_the_first_of_three_processes_prints_the_error(script, flags, error, monkeypatch, capsys, tmp_path):
+    """The environment is that of torchrun: argparse's errors and ours are printed once."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--init", str(files / "pretrained.pt")] if script == "finetune" else []
-    line = "--batch-size: 32 does not divide into 3 processes x 1 parts; 33 would"
-    for rank, said in ((0, f"{script}.py: error: {line}\n"), (2, "")):
+    for rank in (0, 2):
         for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, "--batch-size", "32"])
-        with pytest.raises(SystemExit) as end:
-            importlib.import_module(script).main()
-        assert end.value.code == 2 and capsys.readouterr().err == said
+        monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: None)
+        status = run_main(script, [*flags.split(), "--device", "cpu"], monkeypatch)
+        out, err = capsys.readouterr()
+        if rank == 0:
+            assert_refused(script, error, status, out, err)
+        else:
+            assert (status, out, err) == (2, "", "")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", [*WRONG, "reproduce"])
 def test_help_is_printed(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module(MODULES.get(script, script)).main()
-    assert end.value.code == 0 and f"usage: {script}.py" in capsys.readouterr().out
+    assert run_main(script, ["--help"], monkeypatch) == 0
+    assert f"usage: {script}.py" in capsys.readouterr().out

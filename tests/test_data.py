@@ -1,8 +1,10 @@
-"""shapes, views, labels, batches, and folders of files that are not all what they should be."""
+"""Views, labels, batches, and folders of files that are not all what they should be."""
 import os
-from contextlib import nullcontext
+import pickle
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -10,13 +12,16 @@ import torch
 from conftest import finished, start
 from PIL import Image, ImageFile, PngImagePlugin
 from torchvision import tv_tensors
+from torchvision.datasets import FashionMNIST
 from torchvision.transforms import v2
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 import data
-from data import Images, Labelled, Shapes, Views, open_image, open_labelled, rank_batches
+import folders
+from data import Images, Labelled, Views, open_image, open_splits, rank_batches
+from launch import UserError
 from masking import blockwise_mask
-from training import UserError
+from shapes import Shapes
 
 CPU = torch.device("cpu")
 TURN = 0x0112    # EXIF orientation; 6: turn by 90 degrees clockwise
@@ -32,6 +37,9 @@ def augmented(source, seed=0):
 
 
 def equal(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = a.values(), b.values()
     return all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True))
 
 
@@ -51,44 +59,10 @@ def fill(folder, count, suffix=".jpg"):
         picture(i).save(folder / f"{i:04}{suffix}")
 
 
-# ---- shapes ----
-
-def test_scenes_are_a_function_of_their_index():
-    image, label, classes = data.render_scene("train", 3)
-    data.render_scene.cache_clear()
-    again = data.render_scene("train", 3)
-    assert (image == again[0]).all() and label == again[1] and (classes == again[2]).all()
-    for other in (data.render_scene("train", 4), data.render_scene("val", 3)):
-        assert (image != other[0]).any()
-
-
-def test_scenes_have_labels_and_maps():
-    labelled, mapped = Shapes("val"), Shapes("val", maps=True)
-    assert labelled.classes == list(data.SHAPES) and mapped.classes == ["background", *data.SHAPES]
-    for index in range(300):
-        (image, label), (_, classes) = labelled[index], mapped[index]
-        assert image.mode == "RGB" and image.size == classes.shape == (64, 64)
-        assert classes.max() <= len(data.SHAPES)
-        assert (classes == label + 1).mean() > 0.02                    # the main object can be seen
-    assert set(labelled.targets) == set(range(len(data.SHAPES))) and len(data.SHAPES) >= 8
-
-
-def test_class_maps_lie_on_the_objects():
-    """The colours within a class vary less than those under the same map shifted by eight pixels."""
-    def error(shift):
-        total = 0
-        for index in range(40):
-            image, _, classes = data.render_scene("val", index)
-            moved = np.roll(classes, shift, (0, 1))
-            total += sum(image[moved == c].std(0).sum() * (moved == c).sum() for c in np.unique(moved) if c)
-        return total
-    assert error((0, 0)) < 0.6 * error((8, 8))
-
-
 # ---- Samples ----
 
-@pytest.mark.parametrize("make", [views, augmented])
-def test_draws_depend_on_seed_epoch_and_index_alone(make):
+@pytest.mark.parametrize("make, image", [(views, "image"), (augmented, 0)])
+def test_draws_depend_on_seed_epoch_and_index_alone(make, image):
     scenes = [Shapes("train")[0]] * 9    # so that only the draws differ
     first = make(scenes)[2, 7]
     np.random.seed(1)
@@ -97,18 +71,31 @@ def test_draws_depend_on_seed_epoch_and_index_alone(make):
     assert equal(first, make(scenes)[2, 7])
     assert torch.equal(torch.get_rng_state(), state)    # the model's draws are not disturbed
     for other in (make(scenes)[3, 7], make(scenes)[2, 8], make(scenes, seed=1)[2, 7]):
-        assert not torch.equal(first[0], other[0])
+        assert not torch.equal(first[image], other[image])
 
 
 def test_views_can_be_left_out_and_are_fixed_in_evaluation():
-    patches, tokens, mask = views()[0, 0]
-    assert patches.shape == (3, 32, 32) and tokens.shape == (3, 16, 16) and patches.dtype == torch.uint8
+    sample = views()[0, 0]
+    image, token_image, mask = sample["image"], sample["token_image"], sample["mask"]
+    assert {type(part) for part in sample.values()} == {torch.Tensor} and len(sample) == 3
+    assert image.shape == (3, 32, 32) and token_image.shape == (3, 16, 16) and image.dtype == torch.uint8
     assert mask.shape == (4, 4) and mask.dtype == torch.bool and mask.sum() == 6
-    assert torch.equal(views(sizes=(32, None))[0, 0][0], patches)
-    assert equal(views(sizes=(None, 16), mask=None)[0, 0], [tokens])
+    assert equal(views(sizes=(32, None))[0, 0], {"image": image, "mask": mask})
+    assert equal(views(sizes=(None, 16), mask=None)[0, 0], {"token_image": token_image})
     fixed = [views(train=False)[epoch, 0] for epoch in range(9)]
-    assert all(equal(sample[:2], fixed[0][:2]) for sample in fixed)
-    assert len({sample[2].numpy().tobytes() for sample in fixed}) > 5    # but not their masks
+    masks = {sample.pop("mask").numpy().tobytes() for sample in fixed}
+    assert all(equal(sample, fixed[0]) for sample in fixed) and len(masks) > 5    # but the masks vary
+    batch = data.some_samples(views(), 5)
+    assert {name: part.shape for name, part in batch.items()} == {
+        "image": (5, 3, 32, 32), "token_image": (5, 3, 16, 16), "mask": (5, 4, 4)}
+
+
+@pytest.mark.parametrize("make", [views, augmented, lambda source: Labelled(
+    Shapes("train", maps=True), data.segmentation_transform(32, train=True))])
+def test_samples_are_the_same_in_spawned_workers(make):
+    """Which get the data set pickled."""
+    samples = make(Shapes("train"))
+    assert equal(pickle.loads(pickle.dumps(samples))[1, 2], samples[1, 2])
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -119,11 +106,11 @@ def test_one_crop_is_resized_twice_as_pil_does(monkeypatch, train):
         return 11, 7, 41, 43
 
     box, flips = (7, 11, 50, 52) if train else (0, 0, 64, 64), set()
-    monkeypatch.setattr(data.RandomResizedCrop, "get_params", get_params)
+    monkeypatch.setattr(v2.RandomResizedCrop, "get_params", get_params)
     bicubic, lanczos = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
     for index in range(12):
         crop = Shapes("train")[index][0].crop(box)
-        patches, tokens, _ = views(train=train, jitter=0.0, crop_scale=0.3)[0, index]
+        patches, tokens, _ = views(train=train, jitter=0.0, crop_scale=0.3)[0, index].values()
 
         def distance(view, size, resampling):
             return (view - tensor_of(crop.resize((size, size), resampling))).abs().max().item()
@@ -139,12 +126,13 @@ def test_one_crop_is_resized_twice_as_pil_does(monkeypatch, train):
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 3, 1, 0]])
 def test_jitter_is_torchvisions(monkeypatch, order):
     """Brightness, contrast and saturation with their own factors, in the order drawn, on both views."""
-    def get_params(*ranges, hue):
-        assert ranges == ((0, 2.5),) * 3 and hue is None
-        return torch.tensor(order), 0.7, 1.3, 0.8, None
+    def make_params(jitter, inputs):
+        assert jitter.brightness == jitter.contrast == jitter.saturation == (0, 2.5) and jitter.hue is None
+        return dict(fn_idx=torch.tensor(order), brightness_factor=0.7, contrast_factor=1.3,
+                    saturation_factor=0.8, hue_factor=None)
 
-    monkeypatch.setattr(data.ColorJitter, "get_params", get_params)
-    jittered, plain = views(jitter=1.5)[0, 3], views(jitter=0.0)[0, 3]
+    monkeypatch.setattr(v2.ColorJitter, "make_params", make_params)
+    jittered, plain = (list(views(jitter=jitter)[0, 3].values()) for jitter in (1.5, 0.0))
     adjust = {0: partial(adjust_brightness, brightness_factor=0.7),
               1: partial(adjust_contrast, contrast_factor=1.3),
               2: partial(adjust_saturation, saturation_factor=0.8)}
@@ -205,13 +193,14 @@ def test_crops_of_one_class_are_drawn_again():
     assert data.varied_crop(16, image, tv_tensors.Mask(same))[1].shape == (16, 16)
 
 
-def test_evaluation_sees_the_centre():
-    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
-    source, transform = [(Image.fromarray(ramp), 1)], partial(data.classification_transform, 50, train=False)
-    for dataset, reach in ((Views(source, 50, None, train=False), 50),
-                           (Labelled(source, transform(eval_crop=1.0)), 50),
-                           (Labelled(source, transform(eval_crop=0.5)), 25)):
-        image = dataset[0, 0][0]
+def test_evaluation_sees_the_centre(tmp_path):
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
+    ramp.save(tmp_path / "a.png")
+    source, transform = [(ramp, 1)], partial(data.classification_transform, 50, train=False)
+    for image, reach in ((255 * data.load_images([tmp_path / "a.png"], 50)[0], 50),
+                         (Views(source, 50, None, train=False)[0, 0]["image"], 50),
+                         (Labelled(source, transform(eval_crop=1.0))[0, 0][0], 50),
+                         (Labelled(source, transform(eval_crop=0.5))[0, 0][0], 25)):
         assert image.shape == (3, 50, 50)
         assert image[0, 0, [0, -1]].tolist() == pytest.approx([100 - reach, 100 + reach], abs=3)
 
@@ -248,7 +237,7 @@ def test_held_out_images_are_counted_once(monkeypatch, images, batch, world, wan
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        loader = data.val_loader(range(images), config, CPU, images=wanted)
+        loader = data.val_loader(range(images), config, CPU, num_images=wanted)
         seen += [index for keys in loader.batch_sampler for _, index in keys]
     assert sorted(seen) == list(range(0, images, images // wanted if wanted else 1))
 
@@ -339,11 +328,11 @@ def test_large_jpegs_are_decoded_reduced_and_upright(tmp_path, monkeypatch, turn
     image.save(tmp_path / "a.jpg", quality=95, exif=exif)
     whole = image.transpose(Image.Transpose[how]) if how else image
     for large, size in ((101, (250, 200)), (201, (500, 400)), (100, (125, 100))):
-        monkeypatch.setattr(data, "JPEG_MIN_SIDE", large)
+        monkeypatch.setattr(folders, "JPEG_MIN_SIDE", large)
         loaded = open_image(tmp_path / "a.jpg")
         assert loaded.size == (size if turn in (1, 3) else size[::-1])
         assert (tensor_of(loaded) - tensor_of(whole.resize(loaded.size))).abs().float().mean() < 3
-    assert data.open_file(tmp_path / "a.jpg", partial(data.upright_rgb, reduce=False)).size == whole.size
+    assert open_image(tmp_path / "a.jpg", reduce=False).size == whole.size
 
 
 def write_large_size(path):
@@ -380,17 +369,17 @@ def test_sixteen_unreadable_files_in_a_row_end_a_run(tmp_path):
     paths = data.image_paths(tmp_path)
     for i in range(20, 35):
         os.truncate(paths[i % 30], 0)
-    assert data.read(Images(paths), 20)[0].size == (40, 30)
+    assert data.read_sample(Images(paths), 20)[0].size == (40, 30)
     os.truncate(paths[5], 0)
     with pytest.raises(OSError, match="^--data: .*0020.jpg cannot be .*, nor can the 15 files after it$"):
-        data.read(Images(paths), 20)
+        data.read_sample(Images(paths), 20)
 
 
 # ---- Folders ----
 
 def test_which_files_are_held_out(tmp_path):
     def splits(name):
-        return [source.paths.tolist() for source in data.open_splits(str(tmp_path / name), "")]
+        return [source.paths.tolist() for source in open_splits(str(tmp_path / name), "")]
     fill(tmp_path / "loose" / "deep" / "down.jpg", 60)                 # a folder named like an image
     train, val = splits("loose")
     assert len(val) == 2 and len(train) == 58 and not set(train) & set(val)
@@ -433,8 +422,8 @@ def test_each_image_is_found_once_and_junk_never(tmp_path, how):
                 path.write_bytes(b"no picture")
     found = [os.path.realpath(path) for path in data.image_paths(tmp_path / "train")]
     assert len(found) == len(set(found)) == 4
-    assert [len(source) for source in data.open_splits(str(tmp_path), "")] == [4, 4]
-    train, val = open_labelled(str(tmp_path), "")
+    assert [len(source) for source in open_splits(str(tmp_path), "")] == [4, 4]
+    train, val = open_splits(str(tmp_path), "", "classes")
     assert train.classes == val.classes == ["a", "b"]
     assert np.bincount(train.targets).tolist() == np.bincount(val.targets).tolist() == [2, 2]
 
@@ -444,19 +433,41 @@ def test_held_out_images_stay_out_of_training_through_links(tmp_path):
     fill(tmp_path / "more", 3)
     linked(tmp_path / "a-link", "val")
     linked(tmp_path / "elsewhere", tmp_path / "val" / "0000.jpg")
-    train, val = data.open_splits(str(tmp_path), "")
+    train, val = open_splits(str(tmp_path), "")
     assert len(val) == 2 and len(train) == 3
 
 
-@pytest.mark.parametrize("megabytes, tensors, processes, wrong", [
-    (1, 4, 1, None), (1.1, 4, 1, "1.1 MB .* 64.0 MB"), (1, 4, 2, "32.0 MB"), (1, 5, 1, "allows 356")])
-def test_loaders_that_need_more_than_the_machine_gives(monkeypatch, megabytes, tensors, processes, wrong):
-    loader = SimpleNamespace(num_workers=8, prefetch_factor=4)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 * 10 ** 6))
-    monkeypatch.setattr(data.resource, "getrlimit", lambda which: (356, 356))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with pytest.raises(UserError, match=f"^--workers: 8 .* {wrong}") if wrong else nullcontext():
-        data.check_limits(loader, megabytes * 10 ** 6, tensors)
+def write_fashion_mnist(dataset):
+    """In place of torchvision's download: two images to train and one held out."""
+    folder = Path(dataset.raw_folder)
+    folder.mkdir(parents=True)
+    for split, count in (("train", 2), ("t10k", 1)):
+        for name, values in ("images-idx3", np.zeros((count, 28, 28))), ("labels-idx1", np.arange(count)):
+            header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+            (folder / f"{split}-{name}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def test_download(tmp_path, monkeypatch):
+    """Only the first process fetches files. Errors name the flag."""
+    def refused(message, **flags):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            open_splits("fashion-mnist", tmp_path, **flags)
+
+    def without_network(dataset):
+        raise URLError("no\nnetwork")
+    monkeypatch.setattr(FashionMNIST, "download", without_network)
+    refused(rf"--data-root: {tmp_path} has no FashionMNIST/raw/\*-ubyte; --download fetches them")
+    refused(rf"--download: fashion-mnist could not be fetched into {tmp_path} \(<urlopen error no network>\)",
+            download=True)
+    monkeypatch.setattr(FashionMNIST, "download", write_fashion_mnist)
+    monkeypatch.setenv("RANK", "1")
+    refused("--data-root: .* has no .*", download=True)
+    monkeypatch.setenv("RANK", "0")
+    train, val = open_splits("fashion-mnist", tmp_path, "classes", download=True)
+    assert (len(train), len(val), len(train.classes)) == (2, 1, 10)
+    assert train[1][0].mode == "RGB" and train[1][1] == 1
+    os.truncate(tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte", 9)
+    refused("--data-root: .* has damaged files .*--download fetches them again")
 
 
 def test_labelled_folders(tmp_path):
@@ -466,7 +477,7 @@ def test_labelled_folders(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(2):
                 Image.new("RGB", (40, 30), (k, i, 0)).save(tmp_path / split / name / f"{i}.png")
-    train, held_out = open_labelled(str(tmp_path), "")
+    train, held_out = open_splits(str(tmp_path), "", "classes")
     assert train.classes == held_out.classes == ["a", "b", "c"]
     assert train.targets == [0, 0, 1, 1, 2, 2]
     assert [held_out[i][1] for i in range(4)] == [0, 0, 2, 2] and held_out[3][0].getpixel((0, 0)) == (1, 1, 0)
@@ -487,10 +498,13 @@ def ade(folder, count=6):
 
 def test_folders_that_are_refused(tmp_path):
     """Others: test_commands.py."""
-    def refused(message, maps=False):
+    def refused(message, labels="classes"):
         with pytest.raises(UserError, match=f"^--data: {message}"):
-            open_labelled(str(tmp_path), "", maps)
-    for name in ("train/a", "train/b", "train/c", "val/a"):
+            open_splits(str(tmp_path), "", labels)
+    for name in ("train/a", "val/a"):
+        fill(tmp_path / name, 1)
+    refused(".*/train must hold folders of images of at least two classes")
+    for name in ("train/b", "train/c"):
         fill(tmp_path / name, 1)
     (tmp_path / "train" / "c" / "0000.jpg").rename(tmp_path / "train" / "c" / "notes.txt")
     refused("no images of its own under .*/train/c ")
@@ -509,28 +523,28 @@ def test_folders_that_are_refused(tmp_path):
 
     maps, table = ade(tmp_path) / "annotations", tmp_path / "objectInfo150.txt"
     (maps / "training" / "0003.png").rename(tmp_path / "0003.png")
-    refused(f"1 images have no map, {maps / 'training' / '0003.png'} first", maps=True)
+    refused(f"1 images have no map, {maps / 'training' / '0003.png'} first", labels="maps")
     (tmp_path / "0003.png").rename(maps / "training" / "0003.png")
     for count in (0, 1, 255):
         table.write_text("Idx\tName\n" + "1\tx\n" * count)
-        refused(f"{table} names {count} classes", maps=True)
+        refused(f"{table} names {count} classes", labels="maps")
     table.unlink()
-    assert open_labelled(str(tmp_path), "", maps=True)[1].classes[149] == "150"
+    assert open_splits(str(tmp_path), "", "maps")[1].classes[149] == "150"
     (maps / "validation").rename(tmp_path / "validation")
-    refused(".* needs images/training, ", maps=True)
+    refused(".* needs images/training, ", labels="maps")
 
 
 def test_class_maps_follow_their_images(tmp_path, monkeypatch, capfd):
     """Crop, flip and scale are the same for both, the padding is IGNORE, and class numbers start at 0."""
     folder, rng = ade(tmp_path), np.random.default_rng(0)
-    monkeypatch.setattr(data, "JPEG_MIN_SIDE", 10)                     # no image is reduced for it
+    monkeypatch.setattr(folders, "JPEG_MIN_SIDE", 10)                     # no image is reduced for it
     for path in (folder / "annotations" / "training").iterdir():
         numbers = rng.choice([0, 1, 2, 3, data.IGNORE], (3, 4)).astype(np.uint8).repeat(10, 0).repeat(10, 1)
         Image.fromarray(numbers).save(path)
         grey = np.where(numbers == data.IGNORE, 0, numbers * 60).astype(np.uint8)
         shown = folder / "images" / "training" / f"{path.stem}.jpg"
         Image.fromarray(grey).convert("RGB").save(shown, quality=100)
-    source, _ = open_labelled(str(folder), "", maps=True)
+    source, _ = open_splits(str(folder), "", "maps")
     assert source.classes == ["wall", "sky", "tree"]
     samples = Labelled(source, data.segmentation_transform(32, train=True, jitter=0.0))
     for epoch in range(4):
@@ -556,7 +570,7 @@ WRONG_MAPS = {
 def test_a_wrong_map_is_named_with_its_reason(tmp_path, reason, capfd):
     file = ade(tmp_path) / "annotations" / "training" / "0004.png"
     WRONG_MAPS[reason].save(file)
-    source, _ = open_labelled(str(tmp_path), "", maps=True)
+    source, _ = open_splits(str(tmp_path), "", "maps")
     samples = Labelled(source, data.segmentation_transform(16, train=False))
     image, target = samples[0, 4]
     assert torch.equal(image, samples[0, 5][0]) and target.shape == (30, 40) and (target == 1).all()

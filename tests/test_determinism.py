@@ -1,5 +1,6 @@
 """How work is divided (loader workers, processes, accumulated parts, one go or several) changes no sample,
 no crop and no mask, and no loss by more than rounding."""
+import dataclasses
 import hashlib
 from functools import partial
 from signal import SIGTERM
@@ -11,7 +12,9 @@ from conftest import equal, finished, log, start
 from torch.utils.data import Subset
 
 import data
+import vit
 from masking import blockwise_mask, random_mask
+from shapes import Shapes
 
 STEPS, BATCH = 5, 24    # of 50 images: two steps an epoch, so that five steps reach the third
 
@@ -20,19 +23,19 @@ STEPS, BATCH = 5, 24    # of 50 images: two steps an epoch, so that five steps r
 
 def global_batches(first=0, stop=STEPS, *, workers=0, world=1, parts=1, seed=7, draw_mask=blockwise_mask):
     """A checksum of the two views and the mask that all processes and parts together see, for each step."""
-    config = SimpleNamespace(batch_size=BATCH, accumulate=parts, seed=seed, workers=workers)
-    scenes = Subset(data.Shapes("train"), range(50))
+    args = SimpleNamespace(batch_size=BATCH, accumulate=parts, seed=seed, workers=workers)
+    scenes = Subset(Shapes("train"), range(50))
     views = data.Views(scenes, 32, 16, partial(draw_mask, (4, 4), 6), seed=seed)
     loaders = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
             patch.setenv("RANK", str(rank))
-            loaders.append(iter(data.train_loader(views, config, torch.device("cpu"), first, stop)))
+            loaders.append(iter(data.train_loader(views, args, torch.device("cpu"), first, stop)))
     sums = []
     for _ in range(first, stop):
         pieces = [next(loader) for _ in range(parts) for loader in loaders]
-        columns = [torch.cat(column) for column in zip(*pieces)]
+        columns = [torch.cat([piece[name] for piece in pieces]) for name in ("image", "token_image", "mask")]
         assert [len(column) for column in columns] == [BATCH] * 3
         sums.append([hashlib.sha256(column.numpy().tobytes()).hexdigest() for column in columns])
     assert all(next(loader, None) is None for loader in loaders)
@@ -81,12 +84,29 @@ def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
         assert f"SIGTERM: stopped after step {step}; " in said
     for process in [*others, start(tmp_path / "pieces", *flags)]:
         finished(process)
-    whole, *others = [tmp_path / name for name in ("0", "2", "pieces")]
+    whole, *others = (tmp_path / name for name in ("0", "2", "pieces"))
     assert len(log(whole)) == 12
     for other in others:
         assert log(other) == log(whole)
         assert equal(*(torch.load(folder / "model.pt")["model"] for folder in (other, whole)))
     record_fault("SIGTERM in the middle of a step, run in three pieces", 2)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("probe", ["--init", "model.pt", "--crop-scale", 0.1]), ("finetune", ["--init", "none"]),
+    ("segment", ["--init", "none", "--scale", 1, 2])])    # crops without padding: each counts as many pixels
+def test_two_processes_equal_one(script, flags, tmp_path, monkeypatch):
+    """test_pretrain.py asserts the same of pretrain.py. A probe normalises features over all processes."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = vit.MaskedImageModel(vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=2, heads=2), 64)
+    config = {"vit": dataclasses.asdict(model.config), "vocab_size": 64}
+    torch.save({"model": model.state_dict(), "config": config, "kind": "MaskedImageModel"}, "model.pt")
+    runs = [start(tmp_path / str(n), *flags, "--steps", 8, script=script, processes=n) for n in (1, 2)]
+    for run in runs:
+        finished(run)
+    for one, two in zip(log(tmp_path / "1"), log(tmp_path / "2"), strict=True):
+        assert two == {name: pytest.approx(value, rel=1e-4) for name, value in one.items()}, one["step"]
 
 
 @pytest.mark.long
@@ -95,6 +115,6 @@ def test_processes_and_parts_change_no_more_than_rounding(tokenizer, tmp_path):
     flags = [*FLAGS, "--tokenizer", tokenizer]
     finished(start(tmp_path / "1", *flags))
     finished(start(tmp_path / "3x4", *flags, "--accumulate", 4, "--workers", 1, processes=3))
-    for one, other in zip(log(tmp_path / "1"), log(tmp_path / "3x4"), strict=True):
-        for name in one.keys() & {"loss", "grad_norm", "val_loss"}:
-            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
+    for whole, divided in zip(log(tmp_path / "1"), log(tmp_path / "3x4"), strict=True):
+        for name in whole.keys() & {"loss", "grad_norm", "val_loss"}:
+            assert divided[name] == pytest.approx(whole[name], rel=1e-4), (whole["step"], name)

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
-import dvae
 import finetune
+import launch
 import pretrain
-import training
+import probe
+import segment
+import train_dvae
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 STAND_IN = torch.device("meta", 0)    # for the GPU in PyTorch's C++ parts, which refuse cuda without a driver
@@ -101,15 +103,14 @@ MODEL = ["--image-size", "16", "--patch-size", "8", "--dim", "16", "--depth", "1
 
 
 def train(script, device, out, *flags):
-    """Two steps of a script, with a checkpoint after each. Returns the names of the files that it left."""
+    """Two steps of a script, with a checkpoint after each. Returns the names of the files that it wrote."""
     flags = [*flags, "--out", out, "--steps", 2, "--batch-size", 4, "--save-every", 1, "--workers", 0]
-    complete = getattr(script, "complete", None)
-    script.train(training.parse(script.Config, script.PRESETS, list(map(str, flags)), complete), device)
+    script.train(script.parse_args(list(map(str, flags))), device)
     return {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize("script, flags, picture", [
-    (dvae, ["--image-size", 16, "--groups", 2, "--hidden", 4, "--vocab-size", 16, "--eval-every", 1],
+    (train_dvae, ["--image-size", 16, "--groups", 2, "--hidden", 4, "--vocab-size", 16, "--eval-every", 1],
      "tokenizer.png"),
     (pretrain, [*MODEL, "--depth", 2, "--drop-path", 0.5, "--position", "absolute", "--accumulate", 2,
                 "--target", "pixels", "--precision", "fp16"], "predictions.png")])
@@ -117,22 +118,25 @@ def test_tokenizer_and_pretraining_on_pixels(gpu, script, flags, picture, tmp_pa
     assert {"model.pt", picture} < train(script, gpu, tmp_path, *flags)
 
 
-def test_pretrain_on_tokens_continue_and_finetune(gpu, tmp_path):
+def test_pretrain_on_tokens_continue_and_use_the_model(gpu, tmp_path):
     out, flags = tmp_path / "pretrain", [*MODEL, "--tokenizer-steps", 1]
     train(pretrain, gpu, out, *flags)
     (out / "result.json").unlink()
     (out / "previous.pt").rename(out / "last.pt")
     assert {"model.pt", "predictions.png"} < train(pretrain, gpu, out, *flags)
-    augmented = ["--mixup", 0.8, "--cutmix", 1, "--ema", 0.9]
-    for task, more in (("classification", augmented), ("segmentation", []), ("probe", []), ("knn", [])):
-        init = ["--task", task, "--init", out / "model.pt"]
-        assert "result.json" in train(finetune, gpu, tmp_path / task, *init, *more)
+    for name, script, more, picture in [
+            ("finetune", finetune, ["--mixup", 0.8, "--cutmix", 1], "predictions.png"),
+            ("segment", segment, [], "segments.png"), ("probe", probe, [], "layers.png"),
+            ("knn", probe, ["--knn"], "layers.png")]:
+        files = train(script, gpu, tmp_path / name, "--init", out / "model.pt", *more)
+        assert {"result.json", picture} < files, name
 
 
 def test_a_batch_moves_to_the_gpu_as_a_whole(gpu):
     """A GPU takes places of the CPU as indices, but waits for them."""
     image, mask = torch.zeros(3, 16, 16, dtype=torch.uint8), torch.ones(2, 2, dtype=torch.bool)
-    batch = pretrain.to_device(pretrain.collate([(image, image, mask)], "masked"), gpu)
+    sample = {"image": image, "token_image": image, "mask": mask}
+    batch = pretrain.to_device(pretrain.collate([sample], "masked"), gpu)
     assert {tensor.device for tensor in batch} == {gpu}
 
 
@@ -157,22 +161,22 @@ def test_each_process_takes_its_gpu(monkeypatch, precision, tf32):
     monkeypatch.setattr(dist, "init_process_group", lambda **options: calls.append(options))
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    assert training.join_processes(dvae.Config(steps=1, precision=precision)) == mine
+    assert launch.join_processes("auto", precision) == mine
     assert calls == [mine, {"backend": "nccl", "device_id": mine}]
     assert vars(cudnn) == {"benchmark": True, "allow_tf32": tf32} and vars(matmul) == {"allow_tf32": tf32}
 
 
-@pytest.mark.parametrize("error", [None, OSError("disk full"), training.UserError("--x: no"), RuntimeError()])
+@pytest.mark.parametrize("error", [None, OSError("disk full"), launch.UserError("--x: no"), RuntimeError()])
 def test_the_process_group_is_destroyed_on_success_only(monkeypatch, error):
     destroyed = []
 
-    def train(config, device):
+    def train(args, device):
         if error:
             raise error
 
-    monkeypatch.setattr(sys, "argv", ["dvae.py", "--steps", "1", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["train_dvae.py", "--steps", "1", "--device", "cpu"])
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
     with pytest.raises((SystemExit, RuntimeError)) if error else nullcontext():
-        training.run_script(dvae.Config, dvae.PRESETS, train)
+        launch.start(train_dvae.parse_args, train)
     assert bool(destroyed) == (error is None)

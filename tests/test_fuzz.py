@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import traceback
+import types
 import zipfile
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from torch import nn
 
 import data
 import dvae
-import training
+import launch
+import pretrain
 import vit
 import weights
+from run import Run
 
 pytestmark = pytest.mark.long
 SECONDS = 5
@@ -73,8 +76,7 @@ def find_wrong_outcomes(cases, folder, found):
         try:
             load(path)
         except ValueError as error:
-            ours = type(error) in (ValueError, training.UserError)
-            if not ours or str(folder) not in str(error) or "\n" in str(error):
+            if type(error) is not launch.UserError or str(folder) not in str(error) or "\n" in str(error):
                 wrong.append(f"{what}: {type(error).__name__}: {str(error)[:300]!r}")
         except BaseException:
             wrong.append(f"{what}: {traceback.format_exc()[-1500:]}")
@@ -112,10 +114,15 @@ def saved(value, zipped=True):
     return file.getvalue()
 
 
+def choose(path):
+    """Take last.pt as a run does. Raises UserError if it is damaged."""
+    Run._choose_checkpoint(types.SimpleNamespace(folder=path.parent))
+
+
 def restore(path):
-    """As a run takes last.pt: what is not damaged can be loaded."""
-    if training.damage(path) is None:
-        assert torch.load(path, weights_only=True)["step"] == 2
+    """What is not damaged can be loaded."""
+    choose(path)
+    assert torch.load(path, weights_only=True)["step"] == 2
 
 
 def ours(folder):
@@ -210,9 +217,9 @@ def hostile_files(whole):
 
 def test_hostile_pickles(tmp_path, check):
     load, whole = ours(tmp_path)["model.pt"]
-    loaders = (weights.read, load, weights.load_tokenizer, weights.load_dalle, training.damage)
+    loaders = (weights.read_file, load, weights.load_tokenizer, weights.load_dalle, choose)
     check("a pickle that calls something", (
-        (what, load, tmp_path / "model.pt", content)
+        (what, load, tmp_path / ("last.pt" if load is choose else "model.pt"), content)
         for what, content in hostile_files(whole) for load in loaders))
 
 
@@ -225,10 +232,10 @@ JSONS = (b"", b"null", b"[]", b"3", b"{", b"{}", b"NaN", b"\xff\xfe{", b"[" * 10
 
 def test_damaged_json(tmp_path, check):
     out = tmp_path / "run"
-    config = training.build(training.RunConfig, {"batch_size": 8, "steps": 4, "out": str(out)})
+    args = pretrain.parse_args(["--out", str(out), "--batch-size", "8", "--steps", "4"])
 
     def start(path):
-        training.Run(config, torch.device("cpu"), 4)
+        Run(args, torch.device("cpu"), num_images=8)
 
     def build(path):
         weights.build(next(file for file in path.parent.iterdir() if file.suffix in (".bin", ".safetensors")))
@@ -268,7 +275,7 @@ def test_damaged_images(tmp_path, check):
 
     def load(path):
         views = data.Views(data.Images([path, good]), 16, None)
-        assert views[0, 0][0].shape == (3, 16, 16)    # its own, or that of the next image
+        assert views[0, 0]["image"].shape == (3, 16, 16)    # its own, or that of the next image
     check("an image damaged", ((what, load, tmp_path / name, content)
                                for name, what, content in mutants(image_files(), 1600)))
 

@@ -1,10 +1,12 @@
 """Figures: what is drawn is what was computed, where it was computed; and the command line."""
 import dataclasses
+import io
 import json
 import subprocess
 import sys
-import types
 
+import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 import torch
@@ -16,19 +18,20 @@ import dvae
 import masking
 import visualize
 import vit
+from folders import IGNORE
+from launch import UserError
 
 POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
 
 
-def model_of(**fields):
-    """A masked image model of 4x4 patches. The tables of relative positions count up, in head 1."""
+def small_model(**fields):
+    """A masked image model of 4x4 patches."""
     torch.manual_seed(0)
-    sizes = dict(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0)
-    model = vit.MaskedImageModel(vit.ViTConfig(**{**sizes, **fields}), vocab_size=50).eval()
+    config = vit.ViTConfig(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0, **fields)
+    model = vit.MaskedImageModel(config, vocab_size=50).eval()
     for name, parameter in model.named_parameters():
         if "table" in name:
-            parameter.data[:-3, 1] = torch.arange(len(parameter) - 3.0)    # offsets of query less key
-            parameter.data[:, 0].normal_()
+            parameter.data.normal_()                                   # they are zero at first
     return model.requires_grad_(False)
 
 
@@ -39,14 +42,88 @@ def small_tokenizer():
     return tokenizer.requires_grad_(False)
 
 
-def scenes(count, side):
-    return visualize.squares([Image.fromarray(data.render_scene("val", i)[0]) for i in range(count)], side)
+def scenes(count, size):
+    return data.prepare_images([data.Shapes("val")[i][0] for i in range(count)], size)
 
 
-def shown(axis, picture=0):
-    """The array that an axis shows; images as (3, H, W)."""
-    array = torch.as_tensor(np.asarray(axis.images[picture].get_array()))
+def shown(axis, index=0):
+    """The array of an image that an axis shows, (3, H, W) if it has colours."""
+    array = torch.as_tensor(np.asarray(axis.images[index].get_array()))
     return array.permute(2, 0, 1) if array.dim() == 3 else array
+
+
+def legend_texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+# ---- All figures ----
+
+def draw_figures():
+    """name -> function without arguments that draws a small figure."""
+    images, mask = torch.rand(2, 3, 16, 16), torch.ones(2, 4, 4, dtype=torch.bool).tril()
+    image, tokens = images[0], torch.arange(32).view(2, 4, 4)
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    return {
+        "masks": lambda: visualize.figure_masks(images, {"random": mask.numpy()}, {"random": np.eye(4)}),
+        "tokens": lambda: visualize.figure_tokens(images, tokens, images, images / 2),
+        "reconstructions": lambda: visualize.figure_reconstructions({"original": images}),
+        "predictions": lambda: visualize.figure_predictions({"original": images}, mask, mask),
+        "attention": lambda: visualize.figure_attention(image, torch.rand(2, 17, 17), [(1, 2)], (4, 4)),
+        "by layer": lambda: visualize.figure_by_layer({"probe": {"a": [0.1, 0.2]}}, "accuracy"),
+        "embeddings": lambda: visualize.figure_position_embeddings(torch.rand(4, 8), (2, 2)),
+        "biases": lambda: visualize.figure_position_biases(torch.rand(1, 52, 2), (4, 4)),
+        "curves": lambda: visualize.figure_curves({"run": log}),
+        "classes": lambda: visualize.figure_classes(images, [0, 1], torch.eye(2), ["$a$", "$b$"]),
+        "segments": lambda: visualize.figure_segments(images, mask.long(), tokens // 16, ["a", "b"]),
+        "pipeline": lambda: visualize.figure_pipeline(image, mask[0], *tokens, image, image)}
+
+
+@pytest.mark.parametrize("name", draw_figures())
+def test_settings_of_the_user_change_no_figure(name):
+    def png():
+        torch.manual_seed(0)
+        file = io.BytesIO()
+        draw_figures()[name]().savefig(file, format="png", dpi=30)
+        return file.getvalue()
+
+    expected = png()
+    settings = {"image.origin": "lower", "font.size": 20, "savefig.facecolor": "green",
+                "savefig.bbox": "tight", "text.parse_math": True, "axes.grid": True, "image.cmap": "gray",
+                "lines.linewidth": 5}
+    with matplotlib.style.context(["dark_background", settings]):
+        before = dict(matplotlib.rcParams)
+        assert png() == expected
+        assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("backend", ["none-of-this-name", pytest.param("svg", marks=pytest.mark.long)])
+def test_draws_without_a_display_whatever_the_backend_of_the_notebook(tmp_path, backend):
+    """It may not be installed here. If it is, it remains that of pyplot."""
+    program = f"""if True:
+        import os, torch, visualize
+        visualize.figure_reconstructions({{"a": torch.rand(1, 3, 8, 8)}}).savefig("a.png")
+        assert os.environ["MPLBACKEND"] == "{backend}"
+        assert (visualize.matplotlib.get_backend() == "svg") == ("{backend}" == "svg")"""
+    env = {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": matplotlib.get_cachedir(), "MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True)
+    assert np.array(Image.open(tmp_path / "a.png"))[..., :3].std() > 5
+
+
+@pytest.mark.parametrize("count", [3, 11, 60])
+def test_entries_of_legends_differ(count):
+    labels = [f"run {i}" for i in range(count)]
+    panels = {"half": {label: [1, 2] for label in labels[::2]}, "all": {label: [1, 2] for label in labels}}
+    for figure in (visualize.figure_by_layer(panels, "ratio"),
+                   visualize.figure_curves({label: [{"step": 1, "loss": 1.0}] for label in labels})):
+        assert sorted(legend_texts(figure.legends[0])) == sorted(labels)
+        colours = [matplotlib.colors.to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
+        assert len(set(colours)) == count
+
+
+def test_classes_have_different_colours():
+    palette = visualize.class_colours()
+    assert len(np.unique(palette.round(2), axis=0)) == 256
+    assert (palette[0] == 0).all() and (palette[IGNORE] == 1).all()
 
 
 # ---- Masks and tokens ----
@@ -63,188 +140,165 @@ def test_masks_figure():
     assert figure.axes[2].get_xlabel() == "corner 0.00\nedge 0.13\ncentre 0.65"
 
 
-def test_tokens_figure_shows_the_most_used_codes_and_their_patches():
+def test_tokens_figure_shows_the_most_frequent_codes_and_their_patches():
     images = torch.zeros(1, 3, 4, 4)
     images[0, :, :2, :2] = images[0, :, 2:, 2:] = 0.9
     figure = visualize.figure_tokens(images, torch.tensor([[[5, 2], [8000, 5]]]), images, images / 2)
     *pictures, first, second, third = figure.axes
     assert first.get_title() == "5: 50.0%" and not third.images
     assert all((shown(axis) == 0.9).all() for axis in (first, second))
-    colours = shown(pictures[1]).flatten(1).t()    # the same for the same token
+    colours = shown(pictures[1]).flatten(1).t()                        # the same for the same token
     assert torch.equal(colours[0], colours[3]) and len(colours.unique(dim=0)) == 3
-    assert pictures[3].get_ylabel() == "hard codes\nerror 0.1013"
+    assert pictures[3].get_ylabel() == "hard codes\nMSE 0.1013"
 
 
 # ---- Predictions ----
 
-def test_predictions_are_the_models_behind_the_mask_and_the_truth_elsewhere():
-    tokenizer, model, images, token_images = small_tokenizer(), model_of(), scenes(3, 32), scenes(3, 16)
+def test_predictions_are_the_models_at_masked_patches_and_the_truth_elsewhere():
+    tokenizer, model, images, token_images = small_tokenizer(), small_model(), scenes(3, 32), scenes(3, 16)
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(np.stack([masking.blockwise_mask((4, 4), 6, rng) for _ in range(3)]))
-    columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
-    true = tokenizer.tokenize(token_images)
-    guess = true.clone()
-    guess[mask] = model(images, mask).argmax(-1)
-    assert torch.equal(columns["prediction"], tokenizer.decode(guess)) and torch.equal(right, guess == true)
-    assert torch.equal(columns["tokenizer at best"], tokenizer.decode(true))
-    right = mask.clone()
-    right[0, ~mask[0]] = True    # outside of the mask nothing is outlined
-    axes = visualize.figure_predictions(columns, mask, right).axes
-    for i, place in enumerate((3, 11, 7)):    # two images a row, four pictures each
-        torch.testing.assert_close(shown(axes[place]), columns["prediction"][i])
-        cells = [(int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4)
-                 for patch in axes[place].patches]
+    pictures, correct = visualize.predictions(model, images, mask, tokenizer, token_images)
+    true_tokens = tokenizer.tokenize(token_images)
+    tokens = true_tokens.clone()
+    tokens[mask] = model(images, mask).argmax(-1)
+    assert torch.equal(pictures["prediction"], tokenizer.decode(tokens))
+    assert torch.equal(pictures["reconstruction"], tokenizer.decode(true_tokens))
+    assert torch.equal(correct, tokens == true_tokens)
+    correct = mask.clone()
+    correct[0, ~mask[0]] = True                                        # not masked, and so not outlined
+    axes = visualize.figure_predictions(pictures, mask, correct).axes
+    for i, axis in enumerate((axes[3], axes[11], axes[7])):            # two images a row, four pictures each
+        torch.testing.assert_close(shown(axis), pictures["prediction"][i])
+        cells = [(int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4) for patch in axis.patches]
         assert sorted(cells) == sorted(map(tuple, mask[i].nonzero().tolist()))
-        assert axes[place].get_xlabel() == "6 of 6: 100%"
+        assert axis.get_xlabel() == "6 of 6: 100%"
 
 
-def test_predictions_without_masks_and_decoder_and_of_pixels():
+def test_predictions_without_masks_without_decoder_and_of_pixels():
     tokenizer, images, token_images = small_tokenizer(), scenes(2, 32), scenes(2, 16)
-    tokenizer.decoder, model, mask = None, model_of(), torch.zeros(2, 4, 4, dtype=torch.bool)
-    columns, right = visualize.predictions(model, images, mask, tokenizer, token_images)
-    everywhere = model(images, mask, torch.arange(32)).argmax(-1).view(2, 4, 4)
-    assert torch.equal(right, everywhere == tokenizer.tokenize(token_images))
-    assert torch.equal((columns["right tokens"] == 0.5).all(1)[:, ::8, ::8], ~right)
-    figure = visualize.figure_predictions(columns, mask, torch.ones_like(right))
+    tokenizer.decoder, model, mask = None, small_model(), torch.zeros(2, 4, 4, dtype=torch.bool)
+    pictures, correct = visualize.predictions(model, images, mask, tokenizer, token_images)
+    tokens = model(images, mask, torch.arange(32)).argmax(-1).view(2, 4, 4)
+    assert torch.equal(correct, tokens == tokenizer.tokenize(token_images))
+    assert torch.equal((pictures["correct tokens"] == 0.5).all(1)[:, ::8, ::8], ~correct)
+    figure = visualize.figure_predictions(pictures, mask, torch.ones_like(correct))
     assert figure.axes[2].get_xlabel() == "16 of 16: 100%"
     mask[:, 1:3, 1:3] = True
-    pixels = vit.MaskedImageModel(model.config, 3 * 8 * 8).eval()
-    columns, right = visualize.predictions(pixels, images, mask)
-    seen = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
-    torch.testing.assert_close(columns["prediction"][seen], images[seen])
-    assert right is None and not torch.allclose(columns["prediction"][~seen], images[~seen])
-    assert len(visualize.figure_predictions(columns, mask).axes) == 6
+    model = vit.MaskedImageModel(model.config, 3 * 8 * 8).eval()
+    pictures, correct = visualize.predictions(model, images, mask)
+    visible = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(pictures["prediction"][visible], images[visible])
+    assert not torch.allclose(pictures["prediction"][~visible], images[~visible])
+    assert correct is None and len(visualize.draw_predictions(model, None, images, None, mask).axes) == 6
 
 
-def test_the_pipeline_shows_what_was_predicted_and_what_was_true():
+def test_the_pipeline_shows_predicted_and_true_tokens():
     mask = torch.tensor([[True, False], [True, False]])
-    true, guess = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 4]])
-    crop, best, prediction = torch.rand(3, 8, 8), torch.rand(3, 4, 4), torch.rand(3, 4, 4)
-    figure = visualize.figure_pipeline(crop, mask, true, guess, best, prediction)
+    tokens, predicted = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 4]])
+    image, reconstruction, prediction = torch.rand(3, 8, 8), torch.rand(3, 4, 4), torch.rand(3, 4, 4)
+    figure = visualize.figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction)
     above, below = figure.axes[:9], figure.axes[9:]
-    for axis, tokens in ((above[6], guess), (below[4], true)):
-        colours = torch.where(mask, visualize.token_colours(tokens), 1.0)
+    for axis, grid in ((above[6], predicted), (below[4], tokens)):
+        colours = torch.where(mask, visualize.token_colours(grid), 1.0)
         torch.testing.assert_close(shown(axis), colours.float())
-    assert torch.equal(shown(above[8]), prediction) and torch.equal(shown(below[8]), best)
+    assert torch.equal(shown(above[8]), prediction) and torch.equal(shown(below[8]), reconstruction)
     assert torch.equal((shown(above[4]) == 0.5).all(0)[::4, ::4], mask)
-    right = [patch.get_xy() for patch in above[6].patches if patch.get_width() == 1]
-    assert set(right) == {(-0.5, -0.5)} and "1 of 2 right" in below[6].texts[0].get_text()
+    outlined = [patch.get_xy() for patch in above[6].patches if patch.get_width() == 1]
+    assert set(outlined) == {(-0.5, -0.5)} and "1 of 2 correct" in below[6].texts[0].get_text()
 
 
 # ---- Attention ----
 
 @POSITIONS
-def test_every_attention_map_is_attention_maps_of_each_layer(position):
-    model, images = model_of(position=position, layer_scale=0.1), torch.rand(2, 3, 32, 32)
-    for layer, one in enumerate(visualize.every_attention_map(model, images)):
-        torch.testing.assert_close(one, model.attention_maps(images, layer))
-    assert visualize.at_size(model, (32, 32)) is model
-    wide = visualize.at_size(model, (32, 64))
+def test_a_resized_model_keeps_its_weights_and_attends_on_another_grid(position):
+    model = small_model(position=position)
+    assert visualize.resize_model(model, (32, 32)) is model
+    wide = visualize.resize_model(model, (32, 64))
     assert torch.equal(wide.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
-    assert visualize.every_attention_map(wide, torch.rand(1, 3, 32, 64))[0].shape == (1, 2, 33, 33)
+    assert wide.attention_maps(torch.rand(1, 3, 32, 64)).shape == (1, 2, 33, 33)
 
 
-def moved(grid, by):
-    """Each patch attends to the one `by` rows and columns further, around the edges, and [S] to patch 0."""
+def shifted_attention(grid, rows, columns):
+    """Each patch attends to the one `rows` and `columns` further, around the edges, and [S] to patch 0."""
     (h, w), attention = grid, torch.zeros(1 + grid[0] * grid[1], 1 + grid[0] * grid[1])
     attention[0, 1] = 1
     for row, column in np.ndindex(grid):
-        attention[1 + row * w + column, 1 + (row + by[0]) % h * w + (column + by[1]) % w] = 1
+        attention[1 + row * w + column, 1 + (row + rows) % h * w + (column + columns) % w] = 1
     return attention
 
 
 def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
-    grid, maps = (4, 6), torch.stack([moved((4, 6), (1, 2)), moved((4, 6), (0, 0))])
+    grid = (4, 6)
+    maps = torch.stack([shifted_attention(grid, 1, 2), shifted_attention(grid, 0, 0)])
     figure = visualize.figure_attention(torch.rand(3, 32, 48), maps, [(2, 1), "S"], grid)
     assert [axis.get_title() for axis in figure.axes[:4]] == ["", "mean of heads", "head 1", "head 2"]
-    image, mean, first, second, of_cls = figure.axes[:5]
-    assert (image.get_ylabel(), of_cls.get_ylabel()) == ("patch 2,1", "[S]")
+    image, mean, first, second, image_of_cls, *maps_of_cls = figure.axes
+    assert (image.get_ylabel(), image_of_cls.get_ylabel()) == ("patch 2,1", "[S]")
     (x,), (y,) = image.lines[0].get_data()
-    assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1) and not of_cls.lines    # [S] has no place
+    assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1)
+    assert not image_of_cls.lines                                      # [S] is at no patch
     for axis, cells in ((mean, {(3, 3): 0.5, (2, 1): 0.5}), (first, {(3, 3): 1}), (second, {(2, 1): 1}),
-                        (figure.axes[7], {(0, 0): 1})):
-        heat = shown(axis, 1)
-        assert {tuple(cell): heat[tuple(cell)] for cell in heat.nonzero().tolist()} == cells
+                        (maps_of_cls[2], {(0, 0): 1})):
+        heatmap = shown(axis, 1)
+        assert {tuple(cell): heatmap[tuple(cell)] for cell in heatmap.nonzero().tolist()} == cells
         assert all([*picture.get_extent()] == [-0.5, 47.5, 31.5, -0.5] for picture in axis.images)
-    assert mean.images[1].get_clim()[1] == 0.5 and second.images[1].get_clim()[1] < 1e-9    # not by itself
-
-
-def test_attention_distances_by_hand():
-    neighbour, uniform = moved((1, 2), (0, 1))[None, None], torch.full((1, 1, 5, 5), 0.2)
-    assert visualize.attention_distances([neighbour], (1, 2), 16).tolist() == [[16]]
-    away = (16 + 8 * 2 ** 0.5) / 4    # from each of 4 patches the others are 8, 8 and 8 sqrt 2 away
-    assert visualize.attention_distances([uniform], (2, 2), 8).item() == pytest.approx(away)
-
-
-UNIFORM, ON_IT, FAR = torch.full((5, 5), 0.2), torch.zeros(5, 5), torch.zeros(5, 5)
-ON_IT[:, 1:3] = 0.5
-FAR[1, 3:] = FAR[4, 1:3] = 0.3
-FAR[1, 1] = FAR[4, 4] = 0.4    # itself, which is not counted where near=1
-
-
-@pytest.mark.parametrize("attention, cover, near, expected", [
-    (UNIFORM, [1, 1, 0, 0], None, 1), (ON_IT, [1, 1, 0, 0], None, 2), (ON_IT, [0.4, 0.6, 0, 0], None, 2),
-    (UNIFORM, [1, 0, 1, 1], 1, 1), (FAR, [1, 0, 0, 1], 1, 1)])    # patch 0 counts 2 and 3, patch 3 0 and 1
-def test_object_attention_by_hand(attention, cover, near, expected):
-    found = visualize.object_attention([attention[None, None]], torch.tensor([[cover]]), near)
-    assert found.tolist() == pytest.approx([expected])
-
-
-def test_scenes_with_the_cover_of_their_object():
-    images, cover = visualize.object_scenes(3, vit.ViTConfig(image_size=32, patch_size=8))
-    _, label, classes = data.render_scene("val", 2)
-    assert torch.equal(images, scenes(3, 32)) and cover.shape == (3, 4, 4)
-    assert cover[2, 1, 2] == (classes[16:32, 32:48] == 1 + label).mean()
+    assert mean.images[1].get_clim()[1] == 0.5                         # the largest of the other patches
+    assert second.images[1].get_clim()[1] < 1e-9
 
 
 def test_lines_by_layer():
-    heads = torch.rand(3, 2)
-    lines = {"all": {"a": [0.2, 0.4, 0.3], "b": torch.rand(3)}, "far": {"a": heads}}
-    figure = visualize.figure_by_layer(lines, "ratio")
+    panels = {"all": {"a": [0.2, 0.4, 0.3], "b": [0.1, 0.1, 0.1]}, "far": {"b": [1, 2, 3], "_c": [1, 1, 1]}}
+    figure = visualize.figure_by_layer(panels, "ratio")
     first, second = figure.axes
     np.testing.assert_allclose(first.lines[0].get_xydata(), [[1, 0.2], [2, 0.4], [3, 0.3]])
-    np.testing.assert_allclose(second.lines[-1].get_ydata(), heads.mean(1))    # after a dot for each head
+    assert first.lines[1].get_color() == second.lines[0].get_color()   # both are b
     assert first.get_title() == "all" and first.get_ylabel() == "ratio"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert legend_texts(figure.legends[0]) == ["a", "b", " _c"]
 
 
 # ---- Results, positions, curves ----
 
 def test_results_of_finetuning_are_drawn():
     images, classes = torch.rand(3, 3, 16, 16), ["a", "$b$", "c"]      # a $ is no formula
-    share = torch.tensor([0.1, 0.7, 0.2])
-    figure = visualize.figure_classes(images, [1, 0, 2], [share] * 3, classes)
-    picture, bars, _, others = figure.axes[:4]
+    probabilities = torch.tensor([0.1, 0.7, 0.2]).expand(3, 3)
+    figure = visualize.figure_classes(images, [1, 0, 2], probabilities, classes)
+    picture, bars, _, other_bars = figure.axes[:4]
     assert picture.get_title() == "$b$" and picture.title.get_parse_math() is False
-    assert [text.get_text() for text in others.texts] == ["$b$  70%", "c  20%", "a  10%"]
-    right, wrong, _ = bars.patches
-    assert right.get_width() == pytest.approx(0.7) and sum(right.get_facecolor()) < sum(wrong.get_facecolor())
-    assert right.get_facecolor() == others.patches[2].get_facecolor()
+    assert [text.get_text() for text in other_bars.texts] == ["$b$  70%", "c  20%", "a  10%"]
+    true, wrong, _ = bars.patches
+    assert true.get_width() == pytest.approx(0.7) and sum(true.get_facecolor()) < sum(wrong.get_facecolor())
+    assert true.get_facecolor() == other_bars.patches[2].get_facecolor()
     truth = torch.zeros(16, 16, dtype=torch.uint8)
-    truth[8:], truth[0] = 1, data.IGNORE
+    truth[8:], truth[0] = 1, IGNORE
     figure = visualize.figure_segments(images, [truth] * 3, [truth.clamp(max=1)] * 3, classes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "$b$"]
+    assert legend_texts(figure.legends[0]) == ["a", "$b$"]
     colours = shown(figure.axes[1])
     assert (colours[:, 0] == 1).all() and (colours[:, 1:8] == 0).all() and len(colours[:, 8:].unique()) > 1
 
 
-@POSITIONS
-def test_positions_figure(position):
-    figure = visualize.figure_positions(model_of(position=position))
-    if position == "absolute":
-        assert (figure.axes[0].get_ylabel(), figure.axes[1].get_title()) == ("row 0", "column 1")
-        for i, (row, column) in enumerate(np.ndindex(4, 4)):    # a 4x4 grid is shown in full
-            assert shown(figure.axes[i]).argmax() == row * 4 + column
-            assert shown(figure.axes[i]).max() == pytest.approx(1)
-    else:
-        # key below and right of the query: top left of the table
-        picture = shown(figure.axes[1])
-        assert picture[-1, -1] == 0 and picture[0, 0] == picture.max() == 48
-        labels = [axis.get_ylabel() for axis in figure.axes[:-1:2]]
-        assert labels == (["layer 1", "layer 2", "layer 3"] if position == "relative" else ["all layers"])
+def test_position_embeddings():
+    embeddings = small_model().pos_embed[0, 1:]
+    figure = visualize.figure_position_embeddings(embeddings, (4, 4))
+    assert (figure.axes[0].get_ylabel(), figure.axes[1].get_title()) == ("row 0", "column 1")
+    for i in range(16):                                                # a 4x4 grid is shown in full
+        assert shown(figure.axes[i]).argmax() == i
+        assert shown(figure.axes[i]).max() == pytest.approx(1)
+    figure = visualize.figure_position_embeddings(torch.rand(9 * 20, 8), (9, 20))
+    assert len(figure.axes) == 7 * 7 + 1 and figure.axes[6].get_title() == "column 19"
 
 
-def log_of(folder, steps=50):
+@pytest.mark.parametrize("layers, labels", [(1, ["all layers"]), (2, ["layer 1", "layer 2"])])
+def test_position_biases(layers, labels):
+    tables = torch.zeros(layers, 52, 2)
+    tables[:, :-3, 1] = torch.arange(49.0)                             # by offset of the query from the key
+    figure = visualize.figure_position_biases(tables, (4, 4))
+    picture = shown(figure.axes[1])
+    assert picture[-1, -1] == 0 and picture[0, 0] == picture.max() == 48    # the key is above, to the left
+    assert [axis.get_ylabel() for axis in figure.axes[:-1:2]] == labels
+
+
+def write_log(folder, steps=50):
     folder.mkdir(parents=True)
     lines = [dict(step=i, loss=5 - i / 20, accuracy=i / 100, lr=1e-3, images_per_second=100 + i % 3,
                   unigram_entropy=4.5, majority_accuracy=0.1, chance_loss=5.2) for i in range(1, steps + 1)]
@@ -254,54 +308,50 @@ def log_of(folder, steps=50):
 
 
 def test_curves_of_several_runs(tmp_path):
-    folders = [log_of(tmp_path / "a", steps=160), log_of(tmp_path / "b", steps=20)]
-    runs = visualize.read_runs(folders)
-    assert [len(lines) for lines in runs.values()] == [160, 20]
-    figure = visualize.figure_curves(runs)
-    loss, accuracy, _, images_a_second = figure.axes
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(folder) for folder in folders]
-    labels = [text.get_text() for text in loss.get_legend().get_texts()]
-    assert labels == ["unigram entropy", "chance loss"] and accuracy.get_legend()
+    logs = {"a": visualize.read_log(write_log(tmp_path / "a", steps=160)),
+            "b": visualize.read_log(write_log(tmp_path / "b", steps=20)),
+            "pixels": [{"step": 1, "loss": 0.9, "mean_loss": 0.8}]}
+    figure = visualize.figure_curves(logs)
+    loss, accuracy, _, speed = figure.axes
+    assert legend_texts(figure.legends[0]) == ["a", "b", "pixels"]
+    assert legend_texts(loss.get_legend()) == ["unigram entropy", "chance loss", "mean loss"]
+    assert accuracy.get_legend() and not speed.get_legend()
     assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [5.2, 5.2]
     points, _ = [line for line in loss.lines if line.get_marker() == "o"]
     assert points.get_xydata().tolist() == [[160, 2.6]]
-    first, second = [line for line in loss.lines if line.get_alpha() == 0.35]
-    assert (first.get_color(), second.get_color(), len(second.get_xdata())) == ("C0", "C1", 20)
+    first, second, _ = [line for line in loss.lines if line.get_alpha() == 0.35]
+    assert first.get_color() != second.get_color() and len(second.get_xdata()) == 20
     np.testing.assert_allclose(first.get_ydata(), 5 - np.arange(1, 161) / 20)
-    thin, thick = images_a_second.lines[:2]
-    np.testing.assert_allclose(thick.get_ydata(), visualize.smooth(thin.get_ydata(), 4))
+    thin, thick = (line.get_ydata() for line in speed.lines[:2])
+    five = [thin[max(0, i - 2):i + 3].mean() for i in range(160)]      # a centred mean of five values
+    np.testing.assert_allclose(thick, five)
 
 
 def test_logs_that_are_half_written_or_damaged(tmp_path):
-    folder = log_of(tmp_path / "a")
-    whole = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(whole + '{"step": 51, "lo')    # a run that is writing
-    assert [line["step"] for line in visualize.read_runs([folder])[str(folder)]] == list(range(1, 51))
-    for text in (whole + '{"step": 51, "lo\n', "[1]\n"):
-        (folder / "metrics.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="a/metrics.jsonl is not the log of a training script"):
-            visualize.read_runs([folder])
-
-
-def test_smooth_is_a_centred_mean():
-    assert visualize.smooth(np.array([0.0, 3, 6, 9]), 2).tolist() == [1.5, 3, 6, 7.5]
-    assert visualize.smooth(np.array([1.0, 5]), 0).tolist() == [1, 5]
+    file = write_log(tmp_path / "a") / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 51, "lo')                        # a run that is writing
+    assert [line["step"] for line in visualize.read_log(tmp_path / "a")] == list(range(1, 51))
+    for text in (whole + '{"step": 51, "lo\n', "[1]\n", '{"loss": 1}\n', None):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(UserError, match="^--runs: .*a/metrics.jsonl is not the log of a training script"):
+            visualize.read_log(tmp_path / "a")
 
 
 # ---- Command line ----
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with images, and a model and a tokenizer with random weights in runs/pretrain-shapes."""
+def folder(tmp_path_factory):
+    """Images, and in runs/pretrain-shapes a model and a tokenizer with random weights."""
     folder = tmp_path_factory.mktemp("visualize")
-    tokenizer, model = small_tokenizer(), model_of(position="shared_relative")
+    tokenizer, model = small_tokenizer(), small_model(position="shared_relative")
     config = {"vit": dataclasses.asdict(model.config), "vocab_size": 50}
-    out = log_of(folder / "runs/pretrain-shapes")
+    out = write_log(folder / "runs/pretrain-shapes")
     (out / "tokenizer").mkdir()
     (out / "tokenizer/config.json").write_text('{"image_size": 16}')
-    for name, one, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
-                             ("bare.pt", tokenizer, tokenizer.config), ("model.pt", model, config)):
-        torch.save({"kind": type(one).__name__, "config": sizes, "model": one.state_dict()}, out / name)
+    for name, saved, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
+                               ("bare.pt", tokenizer, tokenizer.config), ("model.pt", model, config)):
+        torch.save({"kind": type(saved).__name__, "config": sizes, "model": saved.state_dict()}, out / name)
     rng = np.random.default_rng(0)
     for name, size, mode in (("large.jpg", (2400, 1800), "RGB"), ("grey.png", (70, 50), "L"),
                              ("icon.png", (30, 20), "RGBA")):
@@ -314,53 +364,63 @@ def run(tmp_path_factory):
     "masks --grid 6 9 --ratio 0.2 --count 2", "tokens --count 2", "tokens --images icon.png",
     "tokens --count 1 --tokenizer runs/pretrain-shapes/bare.pt", "predict --count 3",
     "predict --count 1 --ratio 0.6", "predict --images large.jpg grey.png icon.png",
-    "attention --patch 1,2 --patch S", "attention --images grey.png --size 64",
-    "attention-distance --count 2", "attention-objects --count 4", "positions", "curves", "pipeline",
-    "pipeline --images large.jpg"])
-def test_each_command_draws(monkeypatch, run, words):
-    monkeypatch.chdir(run)
+    "attention --patch 1,2 --patch S", "attention --images grey.png --size 64", "positions", "curves",
+    "pipeline", "pipeline --images large.jpg"])
+def test_each_command_draws(monkeypatch, folder, words):
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["visualize.py", *words.split(), "--out", "out.png", "--dpi", "40"])
     visualize.main()
     picture = np.array(Image.open("out.png"))[..., :3]
     assert min(picture.shape[:2]) > 80 and picture.std() > 5
 
 
-def test_the_attention_command_draws_the_layer_and_the_patches_asked_for(run):
-    def axes_of(words):
-        words = ["attention", "--init", f"{run}/runs/pretrain-shapes/model.pt", *words.split()]
-        return visualize.attention(visualize.parser().parse_args(words)).axes
+def test_masks_are_drawn_as_asked_for(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(visualize, "figure_masks", lambda images, masks, coverage: drawn.update(masks))
+    visualize.plot_masks(visualize.parse_args("masks --grid 10 10 --ratio 0.29 --count 3 --seed 7".split()))
+    assert list(drawn) == ["blockwise", "random"]                      # not "none", which masks nothing
+    rng = np.random.default_rng(7)
+    for mask in drawn["blockwise"]:
+        np.testing.assert_array_equal(mask, masking.blockwise_mask((10, 10), 29, rng))
 
-    axes = axes_of("--layer 1 --patch 1,2 --patch S --first 2")
-    model, image = visualize.open_model(run / "runs/pretrain-shapes/model.pt"), scenes(3, 32)[2]
-    maps = model.attention_maps(image[None], 0)[0].detach()
-    assert [axes[i].get_ylabel() for i in (0, 4)] == ["patch 1,2", "[S]"]
+
+@pytest.mark.parametrize("layer, index", [("1", 0), ("3", 2), ("-1", 2), ("-3", 0)])
+def test_the_attention_command_draws_the_layer_and_patches_asked_for(folder, layer, index):
+    """Layers count from 1 on the command line, and from 0 in Python."""
+    path = f"{folder}/runs/pretrain-shapes/model.pt"
+    words = f"attention --init {path} --layer {layer} --first 2 --patch 1,2 --patch S"
+    axes = visualize.plot_attention(visualize.parse_args(words.split())).axes
+    model, image = visualize.open_model(path), scenes(3, 32)[2]
+    maps = model.attention_maps(image[None], index)[0].detach()
+    assert [axis.get_ylabel() for axis in axes[::4]] == ["patch 1,2", "[S]"]
     torch.testing.assert_close(shown(axes[3], 1), maps[1, 1 + 1 * 4 + 2, 1:].view(4, 4))
-    assert [axis.get_ylabel() for axis in axes_of("")[::4]] == ["patch 2,2", "patch 1,1", "patch 2,2"]
-    assert (shown(axes[0]) - image).abs().mean() < 0.02    # resized by another function
-    assert shown(axes_of(f"--images {run}/grey.png --size 64")[0]).shape == (3, 64, 88)    # 64x90, in patches
+    torch.testing.assert_close(shown(axes[7], 1), maps[1, 0, 1:].view(4, 4))
+    assert axes[0].figure.get_suptitle() == f"self-attention of layer {index + 1} of 3"
+    assert (shown(axes[0]) - image).abs().mean() < 0.02                # resized by another function
 
 
-def test_pictures_are_cut_to_their_centred_square():
-    picture = np.zeros((10, 30, 3), dtype=np.uint8)
-    picture[:, 5:25] = 255
-    assert (visualize.squares([Image.fromarray(picture)], 5) == 1).all()
+def test_the_attention_command_by_default_and_on_a_photo(folder):
+    words = ["attention", "--init", f"{folder}/runs/pretrain-shapes/model.pt"]
+    axes = visualize.plot_attention(visualize.parse_args(words)).axes
+    assert [axis.get_ylabel() for axis in axes[::4]] == ["patch 2,2", "patch 1,1", "patch 2,2"]
+    words += ["--images", f"{folder}/grey.png", "--size", "64"]
+    axes = visualize.plot_attention(visualize.parse_args(words)).axes
+    assert shown(axes[0]).shape == (3, 64, 88)                         # 64x90, cut to whole patches
 
 
-@pytest.mark.long
-def test_draws_without_a_display(tmp_path):
-    flags = ["masks", "--count", "2", "--grid", "4", "4", "--out", "a.png"]
-    done = subprocess.run([sys.executable, ROOT / "visualize.py", *flags], cwd=tmp_path,
-                          capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)})
-    assert done.returncode == 0 and np.array(Image.open(tmp_path / "a.png"))[..., :3].std() > 5, done.stderr
+@pytest.mark.parametrize("argv, data_name", [
+    ("positions", "shapes"), ("predict", "shapes"), ("predict --data /data/photos/", "photos")])
+def test_the_checkpoint_of_the_same_data_is_the_default(argv, data_name):
+    assert visualize.parse_args(argv.split()).init == f"runs/pretrain-{data_name}/model.pt"
 
 
 def test_unreadable_held_out_images(tmp_path):
     """The next one is taken; if there is none, the first is named."""
-    args = types.SimpleNamespace(images=None, data=str(tmp_path), data_root="data", first=0)
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "0.png").write_bytes(b"nothing")
+    args = visualize.parse_args(["masks", "--data", str(tmp_path)])
     with pytest.raises(OSError, match="^--data: .*0.png cannot be read"):
-        visualize.open_pictures(args, 1)
+        visualize.open_images(args, 1)
     Image.new("RGB", (8, 6)).save(tmp_path / "val" / "1.png")
-    assert [picture.size for picture in visualize.open_pictures(args, 2)] == [(8, 6)] * 2
+    assert [image.size for image in visualize.open_images(args, 2)] == [(8, 6)] * 2

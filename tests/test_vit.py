@@ -1,25 +1,28 @@
 """The backbone and its models: by hand, by invariance, and against timm."""
 import math
+import re
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import vit
+from run import parameter_groups
 from vit import ImageClassifier, MaskedImageModel, SemanticSegmenter, VisionTransformer, ViTConfig
 
 POSITIONS = ["absolute", "relative", "shared_relative"]
+HEADS = [MaskedImageModel, ImageClassifier, SemanticSegmenter]
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-def small(position="absolute", **more):
+def small(position="absolute", **fields):
+    """The config of a model of three blocks for 4x4 patches, with other fields as given."""
     defaults = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=2, drop_path=0.0)
-    return ViTConfig(**{**defaults, "position": position, **more})
+    return ViTConfig(**{**defaults, "position": position, **fields})
 
 
 def randomised(model):
-    """Every parameter away from its initial value, so that nothing hides behind a zero."""
+    """The model in evaluation mode with random parameters, so that no zero or one hides a term."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -27,7 +30,7 @@ def randomised(model):
     return model.eval()
 
 
-def some_mask(*shape):
+def random_mask(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) < 0.4
 
 
@@ -46,7 +49,7 @@ NAMES = {
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("layer_scale", [0.0, 0.1])
-@pytest.mark.parametrize("Model", [MaskedImageModel, ImageClassifier, SemanticSegmenter])
+@pytest.mark.parametrize("Model", HEADS)
 def test_state_dicts_have_the_released_names(Model, position, layer_scale):
     names = {"cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias", *NAMES[Model], *NAMES[position]}
     in_block = BLOCK + ["gamma_1", "gamma_2"] * bool(layer_scale)
@@ -58,7 +61,7 @@ def test_state_dicts_have_the_released_names(Model, position, layer_scale):
     for key in [name.replace("bias_table", "index") for name in names if name.endswith("table")]:
         state[key] = torch.zeros(17, 17, dtype=torch.int64)    # released checkpoints hold it
         model.load_state_dict(state, strict=True)
-        assert key in state                                    # the caller's dict is left alone
+        assert key in state                                    # the caller's dict is not changed
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
@@ -79,7 +82,7 @@ def test_presets_are_the_papers(preset, sizes, millions):
     dict(position="sine"), dict(layer_scale=-1.0), dict(pixel_mean=(math.nan, 0.0, 0.0)),
     dict(pixel_std=(0.0, 1.0, 1.0)), dict(init_std=0.0)])
 def test_wrong_configs_name_the_field(wrong):
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: "):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: must be .+, got .+"):
         small(**wrong)
 
 
@@ -95,7 +98,8 @@ def test_relative_position_index_by_hand():
 
 
 @pytest.mark.parametrize("std", [0.02, 0.04])
-def test_initialisation(std):
+def test_initial_weights(std):
+    """As the docstrings of the models say. A normal distribution cut at +-1 std has 0.5396 of its std."""
     torch.manual_seed(0)
     config = small(dim=192, depth=8, init_std=std, layer_scale=0.1)
     model, classifier = MaskedImageModel(config, 512), ImageClassifier(config, 512)
@@ -106,12 +110,46 @@ def test_initialisation(std):
         table += [(layer.weight, std / math.sqrt(2 * l)) for layer in (block.attn.proj, block.mlp.fc2)]
         assert (block.gamma_1 == 0.1).all() and (block.gamma_2 == 0.1).all()
     for weight, cut in table:
-        expected = 0.5396 * cut                                # std of a normal distribution cut at +-1 std
-        assert weight.std().item() == pytest.approx(expected, rel=0.03 if weight.numel() > 1000 else 0.2)
+        tolerance = 0.03 if weight.numel() > 1000 else 0.2
+        assert weight.std().item() == pytest.approx(0.5396 * cut, rel=tolerance)
         assert weight.abs().max() <= 1.0001 * cut
-    for variant in (model, classifier, VisionTransformer(small("relative"))):
-        zeros = [p for name, p in variant.named_parameters() if name.endswith(("bias", "bias_table"))]
-        assert not any(parameter.any() for parameter in zeros)
+    for variant in (model, classifier, VisionTransformer(small("relative")),
+                    VisionTransformer(small("shared_relative"))):
+        for name, parameter in variant.named_parameters():
+            if name.endswith(("bias", "bias_table")):
+                assert not parameter.any(), name
+            elif "norm" in name:
+                assert (parameter == 1).all(), name
+
+
+def test_initial_weights_of_the_segmenter_are_pytorchs():
+    """Uniform within 1 / sqrt(fan_in); PyTorch computes fan_in of a ConvTranspose2d from its outputs."""
+    torch.manual_seed(0)
+    model = SemanticSegmenter(small(dim=64), 150, decoder_dim=128)
+    convolutions = [layer for layer in model.decoder if isinstance(layer, nn.ConvTranspose2d)]
+    for layer in (*convolutions, model.head):
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert 0.8 * bound < layer.bias.abs().max() <= bound
+    assert [layer.out_channels for layer in convolutions] == [128, 64, 32]
+    assert all((layer.weight == 1).all() for layer in model.decoder if isinstance(layer, nn.GroupNorm))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("Model", HEADS)
+def test_parameter_groups(Model, position):
+    """0.5 ** (L + 1 - l): l = 0 for embeddings and a shared table, 1 and 2 for the blocks, 3 for the head."""
+    model, expected = Model(small(position, depth=2, layer_scale=0.1), 5), {}
+    for name, parameter in model.named_parameters():
+        start = re.match(r"blocks\.[01]|norm|fc_norm|head|lm_head|decoder|", name)[0]
+        scale = {"blocks.0": 0.25, "blocks.1": 0.5, "": 0.125}.get(start, 1)
+        vector = re.search(r"bias$|norm|gamma|decoder\.[147]\.", name)    # GroupNorms are every third layer
+        expected[parameter] = scale, 0 if vector or name in ("cls_token", "pos_embed") else 0.05
+    groups = parameter_groups(model, 0.05, 0.5)
+    found = [(p, (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
+    assert len(found) == len(expected) and dict(found) == expected
+    assert {group["lr_scale"] for group in parameter_groups(model, 0.05)} == {1}
 
 
 # ---- Masked image model ----
@@ -120,7 +158,7 @@ def test_initialisation(std):
 def test_masked_pixels_never_reach_the_logits(position):
     model = randomised(MaskedImageModel(small(position, layer_scale=0.5, image_size=(16, 40)), 10))
     images, noise = torch.rand(2, 3, 3, 16, 40)
-    mask = some_mask(3, 2, 5)
+    mask = random_mask(3, 2, 5)
     pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
     logits = model(images, mask)
     assert torch.equal(logits, model(torch.where(pixels, noise, images), mask))
@@ -128,9 +166,9 @@ def test_masked_pixels_never_reach_the_logits(position):
 
 
 def test_logits_come_in_the_order_of_the_places():
-    model, mask, seen = randomised(MaskedImageModel(small(), 10)), some_mask(2, 4, 4), []
+    model, mask, seen = randomised(MaskedImageModel(small(), 10)), random_mask(2, 4, 4), []
     assert torch.equal(model(IMAGES, mask), model(IMAGES, mask, mask.flatten().nonzero()[:, 0]))
-    patches = VisionTransformer.forward(model, IMAGES)[:, 1:]  # (B, N, D)
+    patches = model.features(IMAGES)[:, 1:]                    # (B, N, D)
     expected = model.lm_head(patches).flatten(0, 1)[[30, 3]]
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     logits = model(IMAGES, torch.zeros_like(mask), torch.tensor([30, 3]))
@@ -139,21 +177,22 @@ def test_logits_come_in_the_order_of_the_places():
 
 
 @pytest.mark.parametrize("side, mask, message", [
-    (40, torch.zeros(1, 4, 4, dtype=torch.bool), "40, 40.*32, 32"),
-    (32, torch.zeros(1, 4, 4), "float32.*torch.bool"),
-    (32, torch.zeros(1, 5, 4, dtype=torch.bool), "1, 5, 4.*1, 4, 4")])
+    (40, torch.zeros(1, 4, 4, dtype=torch.bool), "32, 32.*40, 40"),
+    (32, torch.zeros(1, 4, 4), "torch.bool.*float32"),
+    (32, torch.zeros(1, 5, 4, dtype=torch.bool), "1, 4, 4.*1, 5, 4")])
 def test_wrong_inputs_name_both_shapes(side, mask, message):
     with pytest.raises(ValueError, match=message):
         MaskedImageModel(small(), 10)(torch.rand(1, 3, side, side), mask)
 
 
 def test_pixels_are_normalised_by_the_model():
-    sizes = dict(image_size=(4, 6), patch_size=2)
-    plain = randomised(VisionTransformer(small(**sizes, pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3)))
-    model = randomised(VisionTransformer(small(**sizes, pixel_mean=(0.5,) * 3, pixel_std=(0.25,) * 3)))
+    plain = small(image_size=(4, 6), patch_size=2, pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3)
+    plain = randomised(MaskedImageModel(plain, 12))
+    model = small(image_size=(4, 6), patch_size=2, pixel_mean=(0.5,) * 3, pixel_std=(0.25,) * 3)
+    model = randomised(MaskedImageModel(model, 12))
     images = torch.rand(2, 3, 4, 6)
     normalised = (images - 0.5) / 0.25
-    torch.testing.assert_close(model(images), plain(normalised))
+    torch.testing.assert_close(model.features(images), plain.features(normalised))
     patches = model.patch_pixels(images)
     assert patches.shape == (2, 2, 3, 12)
     torch.testing.assert_close(patches[1, 0, 2], normalised[1, :, 0:2, 4:6].flatten())
@@ -164,25 +203,55 @@ def test_pixels_are_normalised_by_the_model():
 # ---- Inside the blocks ----
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_attention_maps_and_hidden_states_are_what_forward_computes(position):
+def test_attention_maps_are_what_forward_computes(position):
     model, calls = randomised(ImageClassifier(small(position, layer_scale=0.5), 7)), []
     for block in model.blocks:
         block.attn.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
-    states = model.hidden_states(IMAGES)
-    inputs_and_outputs = list(calls)
-    for layer in (0, 1, -1):
-        (x, expected), attention = inputs_and_outputs[layer], model.blocks[layer].attn
-        mixed = model.attention_maps(IMAGES, layer) @ attention.queries_keys_values(x)[2]
-        output = attention.proj(mixed.transpose(1, 2).flatten(2))
+    model(IMAGES)
+    forward_calls = calls[:]
+    maps = model.attention_maps(IMAGES, layer=None)
+    assert len(maps) == len(forward_calls) == 3
+    for layer, ((x, expected), block) in enumerate(zip(forward_calls, model.blocks)):
+        mixed = maps[layer] @ block.attn.queries_keys_values(x)[2]
+        output = block.attn.proj(mixed.transpose(1, 2).flatten(2))
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    assert len(states) == 3
-    averaged = model.fc_norm(states[-1][:, 1:].mean(1))        # the patches, without [S] (sec. 2.6)
-    torch.testing.assert_close(model.head(averaged), model(IMAGES))
+        for index in (layer, layer - 3):
+            assert torch.equal(model.attention_maps(IMAGES, index), maps[layer])
+    assert torch.equal(model.attention_maps(IMAGES), maps[-1])
+
+
+def test_features_of_every_model_are_what_its_head_gets():
+    """The normed output of a block; a classifier has no norm, but an fc_norm for the average of patches."""
+    model = randomised(VisionTransformer(small()))
+    torch.testing.assert_close(model.features(IMAGES), model(IMAGES))
+    masked = randomised(MaskedImageModel(small(), 10))
+    logits = masked.lm_head(masked.features(IMAGES)[:, 1:]).flatten(0, 1)
+    nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
+    torch.testing.assert_close(logits, masked(IMAGES, nothing, torch.arange(32)))
+    classifier = randomised(ImageClassifier(small(), 7))
+    average = classifier.features(IMAGES)[:, 1:].mean(1)       # of the patches, without [S] (sec. 2.6)
+    torch.testing.assert_close(classifier.head(classifier.fc_norm(average)), classifier(IMAGES))
+    segmenter = randomised(SemanticSegmenter(small(), 5))
+    grid = segmenter.features(IMAGES)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(segmenter.head(segmenter.decoder(grid)), segmenter(IMAGES))
+    for model in (model, masked, classifier, segmenter):
+        states = model.hidden_states(IMAGES)
+        assert len(states) == 3
+        for layer in range(-3, 3):
+            assert torch.equal(model.features(IMAGES, layer), model.norm(states[layer]))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_missing_layer_is_an_index_error(layer):
+    model = VisionTransformer(small())
+    for method in (model.features, model.attention_maps):
+        with pytest.raises(IndexError):
+            method(IMAGES, layer)
 
 
 @pytest.mark.parametrize("position", POSITIONS[1:])
 def test_position_biases_are_contiguous(position):
-    """Attention that is fused on GPUs takes no others."""
+    """The fused attention of GPUs needs it."""
     assert VisionTransformer(small(position)).position_biases()[0].is_contiguous()
 
 
@@ -197,7 +266,8 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 def test_recomputed_blocks_give_the_same_gradients(monkeypatch):
     recompute, calls, gradients = vit.checkpoint, [], []
-    monkeypatch.setattr(vit, "checkpoint", lambda *args, **kw: calls.append(args) or recompute(*args, **kw))
+    monkeypatch.setattr(
+        vit, "checkpoint", lambda *args, **kwargs: calls.append(args) or recompute(*args, **kwargs))
     for checkpoint_blocks in (False, True):
         model = randomised(ImageClassifier(small("relative"), 4)).train()
         model.checkpoint_blocks = checkpoint_blocks
@@ -216,13 +286,13 @@ def test_equals_timm(position, layer_scale, classes):
     beit = pytest.importorskip("timm.models.beit")
     config = small(position, layer_scale=layer_scale)
     ours = randomised(ImageClassifier(config, classes) if classes else VisionTransformer(config))
-    theirs = beit.Beit(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=classes,
+    reference = beit.Beit(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=classes,
                        global_pool="avg" if classes else "", qkv_bias=True, init_values=layer_scale or None,
                        use_abs_pos_emb=position == "absolute", use_rel_pos_bias=position == "relative",
                        use_shared_rel_pos_bias=position == "shared_relative").eval()
-    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    missing, unexpected = reference.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected and all(name.endswith(("relative_position_index", "k_bias")) for name in missing)
-    expected = theirs.forward if classes else theirs.forward_features
+    expected = reference.forward if classes else reference.forward_features
     normalised = (IMAGES - ours.pixel_mean) / ours.pixel_std
     torch.testing.assert_close(ours(IMAGES), expected(normalised), atol=1e-5, rtol=1e-5)
 
@@ -242,84 +312,6 @@ def test_the_segmenter_answers_for_each_pixel_in_its_place(patch_size, image_siz
     assert change[:patch_size, -patch_size:].mean() > 2 * change.mean()
     logits.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-# ---- Other image sizes ----
-
-@pytest.mark.parametrize("old, new, given", [
-    ((8, 8), (12, 12), None), ((12, 12), (8, 8), None), ((4, 6), (6, 4), (4, 6)), ((2, 5), (4, 10), (2, 5))])
-def test_positions_carry_over_to_other_grids(old, new, given):
-    """A ramp along the columns stays one, in E_pos and in the table of offsets."""
-    (h, w), (new_h, new_w), name = old, new, "blocks.0.attn.relative_position_bias_table"
-    patches = torch.arange(float(w)).repeat(h).view(1, -1, 1)
-    table = torch.arange(1.0 - w, w).repeat(2 * h - 1).view(-1, 1)
-    state = {"pos_embed": torch.cat([torch.full((1, 1, 1), 7.0), patches], 1),
-             name: torch.cat([table, torch.tensor([[7.0], [8.0], [9.0]])])}
-    resized = vit.resize_positions(state, small(image_size=(8 * new_h, 8 * new_w)), given)
-    assert resized["pos_embed"][0, 0] == 7 and resized[name][-3:, 0].tolist() == [7, 8, 9]    # of [S]
-    grid = resized["pos_embed"][0, 1:].view(new)
-    offsets = resized[name][:-3].view(2 * new_h - 1, 2 * new_w - 1)
-    for ramp in (grid, offsets):
-        assert (ramp.diff(dim=1) > -1e-3).all() and ramp.diff(dim=0).abs().max() < 1e-5
-    assert offsets[:, new_w - 1].abs().max() < 1e-5            # zero stays central
-    same = vit.resize_positions(state, small(image_size=(8 * h, 8 * w)))
-    assert all(torch.equal(same[key], state[key]) for key in state)
-
-
-TABLE = "blocks.0.attn.relative_position_bias_table"
-
-
-def resized_table(offsets, old, new):
-    """offsets (2h-1, 2w-1) of the grid old, resized to the grid new."""
-    table = torch.cat([torch.as_tensor(offsets).reshape(-1, 1), torch.zeros(3, 1)])
-    config = small(image_size=(8 * new[0], 8 * new[1]))
-    return vit.resize_positions({TABLE: table}, config, old)[TABLE][:-3].view(2 * new[0] - 1, 2 * new[1] - 1)
-
-
-def test_near_offsets_keep_their_bias():
-    """-1 a patch, 14 x 14 -> 24 x 24, as the released code gives it (PAPER.md, 4)."""
-    offsets = resized_table(-torch.arange(-13.0, 14).abs().expand(27, 27), (14, 14), (24, 24))
-    assert offsets[5, 23:27].tolist() == pytest.approx([0, -1, -1.93, -2.77], abs=0.006)
-    assert offsets[30, 0].item() == offsets[5, 46].item() == pytest.approx(-13, abs=1e-4)
-
-
-@pytest.mark.parametrize("old, new", [
-    ((14, 14), (24, 24)), ((14, 14), (32, 32)), ((24, 24), (14, 14)), ((2, 3), (5, 4)), ((8, 14), (12, 32))])
-def test_tables_are_splines_on_the_released_places(old, new):
-    """Against FITPACK, which the released code calls."""
-    interpolate = pytest.importorskip("scipy.interpolate")
-
-    def places(old, new):
-        q = np.linspace(1.01, 1.5, 100_000)
-        q = q[abs((1 - q ** (old - 1)) / (1 - q) - (new - 1)).argmin()]
-        distances = np.cumsum(q ** np.arange(old - 1.0))
-        return np.concatenate([-distances[::-1], [0], distances])
-
-    offsets = np.random.default_rng(0).normal(size=(2 * old[0] - 1, 2 * old[1] - 1))
-    rows, columns = places(old[0], new[0]), places(old[1], new[1])
-    spline = interpolate.RectBivariateSpline(
-        rows, columns, offsets, kx=min(3, len(rows) - 1), ky=min(3, len(columns) - 1), s=0)
-    asked = [np.arange(1.0 - side, side).clip(at[0], at[-1]) for side, at in zip(new, (rows, columns))]
-    np.testing.assert_allclose(resized_table(offsets, old, new), spline(*asked), atol=1e-3)
-
-
-def test_absolute_positions_are_resized_bicubically_without_antialiasing():
-    """One of four columns is 1; to 2 and 8 columns: Keys' kernel, a = -0.75, of their centres' distances."""
-    state = {"pos_embed": torch.cat([torch.zeros(1, 1, 1), torch.eye(4)[1].repeat(4).view(1, 16, 1)], 1)}
-    smaller = vit.resize_positions(state, small(image_size=16))["pos_embed"][0, 1:, 0].view(2, 2)
-    larger = vit.resize_positions(state, small(image_size=64))["pos_embed"][0, 1:, 0].view(8, 8)
-    near, far = (1.25 * 0.5 - 2.25) * 0.25 + 1, -0.75 * (1.5 ** 3 - 5 * 1.5 ** 2 + 8 * 1.5 - 4)
-    assert smaller[0].tolist() == pytest.approx([near, far], abs=1e-6)
-    assert larger[3, 2].item() == pytest.approx((1.25 * 0.25 - 2.25) * 0.25 ** 2 + 1, abs=1e-6)
-
-
-def test_positions_that_fit_no_grid_are_refused():
-    with pytest.raises(ValueError, match="16 positions do not fit 3x5"):
-        vit.resize_positions({"pos_embed": torch.zeros(1, 17, 1)}, small(), (3, 5))
-    with pytest.raises(ValueError, match="15 positions do not fit 3x3"):
-        vit.resize_positions({"pos_embed": torch.zeros(1, 16, 24)}, small())
-    with pytest.raises(ValueError, match="22 positions do not fit 4x4"):
-        vit.resize_positions({TABLE: torch.zeros(25, 2)}, small())
 
 
 # ---- torch.compile ----

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import pickle
+import textwrap
 import zipfile
 
 import numpy as np
@@ -12,14 +13,18 @@ import pytest
 import torch
 from conftest import equal
 
-import training
+import pretrained
+import probe
 import vit
 import weights
+from launch import UserError
 
 ZIP_OR_OLDER = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
 POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
 SCALES = pytest.mark.parametrize("layer_scale", [0.0, 0.1])
 SIZES = pytest.mark.parametrize("image_size", [32, 48])
+TABLE = "blocks.0.attn.relative_position_bias_table"
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 
 
@@ -41,8 +46,12 @@ def backbone(position="shared_relative", image_size=32, depth=2, layer_scale=0.0
                          position=position, layer_scale=layer_scale)
 
 
-def kept(model, path, classes=None):
-    """model.pt as a run leaves it."""
+def initialise(model, path, classes=None):
+    return pretrained.initialise(model, path, *weights.load(path), classes)
+
+
+def write_model(model, path, classes=None):
+    """Write model.pt as a run does."""
     config = {"vit": dataclasses.asdict(model.config), "classes": classes and list(classes)}
     return save({"model": model.state_dict(), "config": config, "kind": type(model).__name__}, path)
 
@@ -70,7 +79,7 @@ def test_dall_e_computes_the_same(public, sizes):
     dall_e = pytest.importorskip("dall_e")
     encoder, decoder, *paths = public(*sizes)
     model = weights.load_dalle(*paths)
-    assert not model.training and list(model.config.values()) == [sizes[3], sizes[1], 4, sizes[2], 3]
+    assert not model.training and list(model.config.values()) == [sizes[3], sizes[1], 4, sizes[2]]
     images = torch.rand(2, 3, 40, 24)
     logits = encoder(dall_e.map_pixels(images))
     close(model.encode(images), logits)
@@ -83,11 +92,11 @@ def test_parts_of_dall_e(public, tmp_path):
     module, _, encoder, decoder = public()
     del module.blocks.group_2
     broken, state = save(module, tmp_path / "x.pkl"), save(module.state_dict(), tmp_path / "y.pkl")
-    for paths, message in (((decoder,), "decoder.pkl holds a Decoder, not DALL-E's pickled Encoder"),
-                           ((encoder, encoder), "encoder.pkl holds a Encoder, not DALL-E's pickled Decoder"),
-                           ((broken,), "x.pkl does not fit DALL-E's architecture .*group_2"),
-                           ((state,), "y.pkl holds a dict, not DALL-E's pickled Encoder")):
-        with pytest.raises(ValueError, match=message):
+    for paths, message in (((decoder,), "decoder.pkl: expected DALL-E's Encoder, found Decoder"),
+                           ((encoder, encoder), "encoder.pkl: expected DALL-E's Decoder, found Encoder"),
+                           ((broken,), "x.pkl: expected DALL-E's architecture .*group_2"),
+                           ((state,), "y.pkl: expected DALL-E's Encoder, found dict")):
+        with pytest.raises(UserError, match=message):
             weights.load_dalle(*paths)
     assert weights.load_tokenizer(encoder).decoder is not None         # found beside it
     decoder.unlink()
@@ -113,7 +122,7 @@ def test_a_payload_does_not_run(tmp_path, load):
     files = [save({"model": payload}, path, zipped).read_bytes() for zipped in (True, False)]
     for content in files + [pickle.dumps(payload, protocol) for protocol in (0, 2, 4, 5)]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="encoder.pkl asks for (posix|nt).system, .* it was run"):
+        with pytest.raises(UserError, match="encoder.pkl: .* asks for (posix|nt).system.* not run"):
             load(path)
     assert not ran.exists()
     pickle.loads(content)                                              # and it would have run
@@ -124,8 +133,8 @@ def test_a_payload_does_not_run(tmp_path, load):
 @pytest.mark.parametrize("wanted", [eval, getattr, pickle.loads, torch.load, torch.nn.Linear, np.load,
                                     torch.storage._load_from_bytes])
 def test_nothing_else_is_found(tmp_path, zipped, wanted):
-    with pytest.raises(ValueError, match=f"asks for .*{wanted.__name__}"):
-        weights.read(save([torch.zeros(3), wanted], tmp_path / "x.pt", zipped))
+    with pytest.raises(UserError, match=f"asks for .*{wanted.__name__}"):
+        weights.read_file(save([torch.zeros(3), wanted], tmp_path / "x.pt", zipped))
 
 
 @pytest.mark.parametrize("name", ["torch._utils\n_rebuild_tensor_v2", "torch._utils\n_rebuild_parameter",
@@ -138,10 +147,10 @@ def test_what_is_found_cannot_be_changed(tmp_path, monkeypatch, name):
     for state in (b"}" + flag, b"N}" + flag + b"\x86"):
         body = b"\x80\x02(U\x06modulec" + name.encode() + b"\n" + state + b"bU\x01aU\x01btQ."
         pathlib.Path("x.pkl").write_bytes(b"".join(pickle.dumps(value, 2) for value in header) + body)
-        with pytest.raises(ValueError, match="x.pkl "):
-            weights.read("x.pkl")
+        with pytest.raises(UserError, match="x.pkl: "):
+            weights.read_file("x.pkl")
     assert os.listdir() == ["x.pkl"]
-    for known in (weights.StandIn, weights.Rebuilt, collections.OrderedDict):
+    for known in (weights.StandIn, weights.RebuiltTensor, collections.OrderedDict):
         assert not hasattr(known, "dump_patches")
 
 
@@ -156,25 +165,27 @@ def test_damaged_files_and_other_files(tmp_path, monkeypatch):
         archive.writestr("x/constants.pkl", "of TorchScript")
     for content in (b"", b"<html>not found</html>", b"hello", pickle.dumps([1]), path.read_bytes(), *cuts):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"x.pt is cut off, damaged or no file of weights \(\w+: .*\)$"):
+        with pytest.raises(UserError, match=r"x.pt: cut off, damaged or no file of weights \(\w+: .*\)$"):
             weights.load(path)
     at = whole.index(state["cls_token"].numpy().tobytes())
     path.write_bytes(whole[:at] + b"\0" + whole[at + 1:])
-    with pytest.raises(ValueError, match="x.pt is damaged: .*data/.* fails its checksum"):
+    with pytest.raises(UserError, match="x.pt: damaged, .*data/.* fails its checksum"):
         weights.load(path)
     monkeypatch.setattr(weights, "safetensors", None)
-    for name, message in (("", "is a folder, not a file: give .*model.safetensors or pytorch_model.bin"),
-                          ("model.safetensors.index.json", "holds no weights: give model.safetensors or"),
-                          ("y.safetensors", "needs a package: pip install safetensors"),
-                          ("gone.pt", "does not exist")):
+    for name, message in (("", "expected a file of weights, .* model.safetensors or pytorch_model.bin"),
+                          ("model.safetensors.index.json", "expected a file of weights, .*joins shards"),
+                          ("y.safetensors", "safetensors is not installed"),
+                          ("gone.pt", "no such file")):
         if name != "gone.pt":
             (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=f"^{tmp_path / name} {message}"):
+        with pytest.raises(UserError, match=f"^{tmp_path / name}: {message}"):
             weights.build(tmp_path / name)
-    for value, message in ((state | {"norm.bias": "a"}, "has norm.bias, which is not a tensor"),
-                           (state | {"module.norm.bias": state["norm.bias"]}, "has norm.bias twice"),
-                           ([1, 2], "holds a list, not a"), ({"state_dict": {}}, "holds a dict, not a BEiT")):
-        with pytest.raises(ValueError, match=f"x.pt {message}"):
+    twice = state | {"module.norm.bias": state["norm.bias"]}
+    for value, message in ((state | {"norm.bias": "a"}, "expected tensors, found norm.bias"),
+                           (twice, "expected one norm.bias, found two"),
+                           ([1, 2], "expected a BEiT .* found list"),
+                           ({"state_dict": {}}, "expected a BEiT .* found dict")):
+        with pytest.raises(UserError, match=f"x.pt: {message}"):
             weights.load(save(value, path))
 
 
@@ -199,9 +210,11 @@ def test_released_checkpoints(tmp_path, position, layer_scale, zipped):
     path = save({"model": {**state, **index}, **BESIDE}, tmp_path / "beit.pth", zipped)
     loaded, info = weights.load(path)
     assert equal(loaded, state) and equal(weights.build(path)[0].state_dict(), state)
+    guessed = ["heads"] * (position == "absolute") + ["layer_norm_eps"] + ["layer_scale"] * bool(layer_scale)
     assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None,
-                        dropped=[], config=dataclasses.replace(config, drop_path=info["config"].drop_path))
-    found = weights.read(path)
+                        guessed=guessed + ["pixel_mean", "pixel_std"], dropped=[],
+                        config=dataclasses.replace(config, drop_path=info["config"].drop_path))
+    found = weights.read_file(path)
     inert = [found[name] for name in list(BESIDE)[1:10]] + [found["factory"]["missing"]]
     inert += found["optimizer"]["param_groups"][0].values()
     assert all(isinstance(value, weights.StandIn) for value in inert)
@@ -227,25 +240,80 @@ def test_models_of_the_first_edition(tmp_path, position):
     for Model, inputs in ((vit.MaskedImageModel, (images, mask)), (vit.ImageClassifier, (images,)),
                           (vit.SemanticSegmenter, (images,))):
         model, again = randomised(Model(config, 5)), Model(config, 5).eval()
-        found = torch.load(kept(model, path, "abcde"), weights_only=True)
+        found = torch.load(write_model(model, path, "abcde"), weights_only=True)
         found["model"].setdefault("mask_token", torch.randn(1, 1, 64))
         built, info = weights.build(save(found, path))
         assert type(built) is Model and info["source"] == "ours" and info["config"] == config
-        assert weights.initialise(again, path, list("abcde")) == []
+        assert initialise(again, path, list("abcde")) == []
         with torch.no_grad():
             assert torch.equal(built(*inputs), model(*inputs)) and torch.equal(again(*inputs), model(*inputs))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_a_linear_probe_opens_as_its_backbone(tmp_path, capsys, has_norm):
+    """With the heads of this edition, and the buffers of the second's."""
+    model, images = randomised(probe.LinearProbe(backbone("relative"), 3)), torch.rand(2, 3, 32, 32)
+    model.norm = model.norm if has_norm else torch.nn.Identity()
+    model.head.register_buffer("moments", torch.zeros(2, 256))
+    path = write_model(model, tmp_path / "model.pt", "abc")
+    built = weights.load_model(path)
+    assert type(built) is vit.VisionTransformer and built(images).equal(model.features(images))
+    _, info = weights.load(path)
+    assert (info["source"], info["task"], info["outputs"]) == ("ours", "linear probe", None)
+    assert info["dropped"] == [name for name in model.state_dict() if name.startswith("head.")]
+    new = [f"{name}.{part}" for name in ("fc_norm", "head") for part in ("weight", "bias")]
+    assert initialise(vit.ImageClassifier(backbone("relative"), 3), path, list("abc")) == new
+    norm = "norm, " if has_norm else ""
+    assert capsys.readouterr().out.endswith(f"left behind: {norm}head, head.0, head.1\n")
+
+
 # ---- Into a model ----
+
+SHARED, ABSOLUTE = backbone(layer_scale=0.1), backbone("absolute")
+
+
+@pytest.mark.parametrize("source, config, flags, copy_shared_table, expected", [
+    ("ours", SHARED, {}, True, dict(position="relative", dim=64, layer_scale=0.1, image_size=32)),
+    ("ours", SHARED, dict(image_size=48, dim=64), False, dict(position="shared_relative", image_size=48)),
+    ("ours", SHARED, dict(position="shared_relative"), True, dict(position="shared_relative")),
+    ("ours", SHARED, dict(position="relative"), False, dict(position="relative")),
+    ("ours", SHARED, dict(position="absolute"), True, "--position: .* has shared_relative, not absolute"),
+    ("ours", SHARED, dict(dim=128), True, "--dim: .*x.pt has 64, not 128"),
+    ("ours", SHARED, dict(layer_scale=1e-5), True, "--layer-scale: .* has 0.1, not 1e-05"),
+    ("ours", ABSOLUTE, dict(pixel_mean=[0.5] * 3), True, "--pixel-mean: .* has .*0.485, .*not .*0.5.*"),
+    ("ours", ABSOLUTE, dict(pixel_mean=[*vit.IMAGENET_MEAN]), True, dict(position="absolute")),
+    ("released", ABSOLUTE, dict(heads=4, pixel_std=[0.5] * 3), True, dict(heads=4, pixel_std=(0.5,) * 3)),
+    ("released", SHARED, dict(layer_scale=1e-5), True, dict(layer_scale=1e-5, heads=1)),
+    ("released", SHARED, dict(layer_scale=0.0), True, "--layer-scale: .* has 0.1, not 0.0"),
+    ("released", SHARED, dict(heads=4), True, "--heads: .* has 1, not 4"),
+    ("released", ABSOLUTE, dict(layer_scale=0.1), True, "--layer-scale: .* has 0.0, not 0.1")])
+def test_flags_take_the_sizes_of_a_checkpoint(tmp_path, source, config, flags, copy_shared_table, expected):
+    """A given flag must agree with what the file tells, and wins over what was guessed."""
+    model, path = vit.MaskedImageModel(config, 50), tmp_path / "x.pt"
+    path = write_model(model, path) if source == "ours" else save(model.state_dict(), path)
+    args = argparse.Namespace(**{"image_size": None, "position": "absolute", **flags}, given=list(flags))
+    apply = functools.partial(pretrained.apply_checkpoint_sizes, args, path, weights.load(path)[1],
+                              copy_shared_table=copy_shared_table)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"^{expected}$"):
+            apply()
+        return
+    apply()
+    names = ("patch_size", "dim", "depth", "mlp_ratio", "layer_norm_eps", "pixel_mean")
+    sizes = {name: getattr(config, name) for name in names}
+    assert vars(args).items() >= {**sizes, **expected}.items()
 
 @SIZES
 def test_from_pre_training_to_a_classifier(tmp_path, capsys, image_size):
     source, name = randomised(vit.MaskedImageModel(backbone(), 50)), "relative_position_bias_table"
     path = save({"model": source.state_dict()}, tmp_path / "beit.pth")
-    model = vit.ImageClassifier(backbone("relative", image_size), 5)
+    model, (state, info) = vit.ImageClassifier(backbone("relative", image_size), 5), weights.load(path)
     new = [f"{name}.{part}" for name in ("fc_norm", "head") for part in ("weight", "bias")]
-    assert weights.initialise(model, path) == new
-    table = vit.resize_positions({name: source.rel_pos_bias.get_parameter(name)}, model.config, (4, 4))[name]
+    assert pretrained.initialise(model, path, state, info) == new
+    assert equal(state, source.state_dict())                   # of load, and not changed
+    table = {name: source.rel_pos_bias.get_parameter(name)}
+    table = weights.resize_positions(table, model.config, (4, 4))[name]
     assert all(torch.equal(block.attn.relative_position_bias_table, table) for block in model.blocks)
     assert (model.fc_norm.weight == 1).all() and not model.fc_norm.bias.any()    # as released
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
@@ -256,14 +324,14 @@ def test_from_pre_training_to_a_classifier(tmp_path, capsys, image_size):
                     "new: fc_norm, head; left behind: mask_token, norm, lm_head"]
 
 
-@pytest.mark.parametrize("theirs, taken", [
+@pytest.mark.parametrize("names, taken", [
     ("abc", True), ("cab", True), ("abd", False), ("aab", False), (None, True)])
 @pytest.mark.parametrize("Model", [vit.ImageClassifier, vit.SemanticSegmenter])
-def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, theirs, taken):
+def test_a_head_follows_the_names_of_the_classes(tmp_path, Model, names, taken):
     source, model = randomised(Model(backbone("relative"), 3)), Model(backbone("relative"), 3)
-    new = weights.initialise(model, kept(source, tmp_path / "model.pt", theirs), list("abc"))
+    new = initialise(model, write_model(source, tmp_path / "model.pt", names), list("abc"))
     assert ("head.weight" not in new) == taken
-    rows = [(theirs or "abc").index(name) for name in "abc"] if taken else []
+    rows = [(names or "abc").index(name) for name in "abc"] if taken else []
     for ours, others in zip(model.head.parameters(), source.head.parameters()):
         assert torch.equal(ours, others[rows]) if taken else not torch.equal(ours, others)
 
@@ -273,7 +341,7 @@ def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path):
     model = vit.ImageClassifier(backbone(), 3)
     state = {name.replace("fc_norm", "norm"): tensor for name, tensor in model.state_dict().items()}
     save(state, tmp_path / "token.pth")
-    with pytest.raises(ValueError, match=r"token.pth has a head for \[S\]; our models average the patches"):
+    with pytest.raises(UserError, match=r"token.pth: expected a head for .* patches, found a head for \[S\]"):
         weights.build(tmp_path / "token.pth")
 
 
@@ -281,15 +349,91 @@ def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path):
     ("blocks.1.mlp.fc1.bias", None, "Missing key.*blocks.1.mlp.fc1.bias"),
     ("surprise", torch.zeros(1), "Unexpected key.*surprise"),
     ("blocks.1.attn.proj.weight", torch.zeros(64, 32), "size mismatch for blocks.1.attn.proj.weight"),
-    ("rel_pos_bias.relative_position_bias_table", torch.zeros(2, 1), "isqrt"),
-    ("patch_embed.proj.weight", torch.zeros(64, 192), "not enough values")])
+    (SHARED_TABLE, torch.zeros(2, 1), SHARED_TABLE),
+    ("patch_embed.proj.weight", torch.zeros(64, 192), "size mismatch for patch_embed.proj.weight")])
 def test_anything_unexpected_is_an_error(tmp_path, name, value, message):
     state = {**vit.MaskedImageModel(backbone(), 50).state_dict(), name: value}
     path = save({name: state[name] for name in state if state[name] is not None}, tmp_path / "x.pth")
-    with pytest.raises(training.UserError, match=f"^--init: [^\\n]*x.pth [^\\n]*{message}[^\\n]*$"):
-        weights.initialise(vit.ImageClassifier(backbone(), 5), path)
-    with pytest.raises(ValueError, match=f"x.pth [^\\n]*{message}[^\\n]*$"):
+    with pytest.raises(UserError, match=f"^[^\\n]*x.pth: [^\\n]*{message}[^\\n]*$"):
+        initialise(vit.ImageClassifier(backbone(), 5), path)
+    with pytest.raises(UserError, match=f"^[^\\n]*x.pth: [^\\n]*{message}[^\\n]*$"):
         weights.build(path)
+
+
+# ---- Positions at another image size ----
+
+@pytest.mark.parametrize("old, new, given", [
+    ((8, 8), (12, 12), None), ((12, 12), (8, 8), None), ((4, 6), (6, 4), (4, 6)), ((2, 5), (4, 10), (2, 5))])
+def test_positions_carry_over_to_other_grids(old, new, given):
+    """A ramp along the columns stays one, in E_pos and in the table of offsets."""
+    (h, w), (new_h, new_w) = old, new
+    patches = torch.arange(float(w)).repeat(h).view(1, -1, 1)
+    table = torch.arange(1.0 - w, w).repeat(2 * h - 1).view(-1, 1)
+    state = {"pos_embed": torch.cat([torch.full((1, 1, 1), 7.0), patches], 1),
+             TABLE: torch.cat([table, torch.tensor([[7.0], [8.0], [9.0]])])}
+    resized = weights.resize_positions(state, backbone(image_size=(8 * new_h, 8 * new_w)), given)
+    assert resized["pos_embed"][0, 0] == 7 and resized[TABLE][-3:, 0].tolist() == [7, 8, 9]    # of [S]
+    grid = resized["pos_embed"][0, 1:].view(new)
+    offsets = resized[TABLE][:-3].view(2 * new_h - 1, 2 * new_w - 1)
+    for ramp in (grid, offsets):
+        assert (ramp.diff(dim=1) > -1e-3).all() and ramp.diff(dim=0).abs().max() < 1e-5
+    assert offsets[:, new_w - 1].abs().max() < 1e-5            # zero stays central
+    same = weights.resize_positions(state, backbone(image_size=(8 * h, 8 * w)))
+    assert all(torch.equal(same[key], state[key]) for key in state)
+
+
+def resized_table(offsets, old, new):
+    """offsets (2h-1, 2w-1) of the grid old, resized to the grid new."""
+    table, (h, w) = torch.cat([torch.as_tensor(offsets).reshape(-1, 1), torch.zeros(3, 1)]), new
+    state = weights.resize_positions({TABLE: table}, backbone(image_size=(8 * h, 8 * w)), old)
+    return state[TABLE][:-3].view(2 * h - 1, 2 * w - 1)
+
+
+def test_near_offsets_keep_their_bias():
+    """-1 a patch, 14 x 14 -> 24 x 24, as the released code gives it (PAPER.md, 4)."""
+    offsets = resized_table(-torch.arange(-13.0, 14).abs().expand(27, 27), (14, 14), (24, 24))
+    assert offsets[5, 23:27].tolist() == pytest.approx([0, -1, -1.93, -2.77], abs=0.006)
+    assert offsets[30, 0].item() == offsets[5, 46].item() == pytest.approx(-13, abs=1e-4)
+
+
+@pytest.mark.parametrize("old, new", [
+    ((14, 14), (24, 24)), ((14, 14), (32, 32)), ((24, 24), (14, 14)), ((2, 3), (5, 4)), ((8, 14), (12, 32))])
+def test_tables_are_splines_on_the_released_places(old, new):
+    """Against FITPACK, which the released code calls."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+
+    def places(old, new):
+        q = np.linspace(1.01, 1.5, 100_000)
+        q = q[abs((1 - q ** (old - 1)) / (1 - q) - (new - 1)).argmin()]
+        distances = np.cumsum(q ** np.arange(old - 1.0))
+        return np.concatenate([-distances[::-1], [0], distances])
+
+    offsets = np.random.default_rng(0).normal(size=(2 * old[0] - 1, 2 * old[1] - 1))
+    rows, columns = places(old[0], new[0]), places(old[1], new[1])
+    spline = interpolate.RectBivariateSpline(
+        rows, columns, offsets, kx=min(3, len(rows) - 1), ky=min(3, len(columns) - 1), s=0)
+    asked = [np.arange(1.0 - side, side).clip(at[0], at[-1]) for side, at in zip(new, (rows, columns))]
+    np.testing.assert_allclose(resized_table(offsets, old, new), spline(*asked), atol=1e-3)
+
+
+def test_absolute_positions_are_resized_bicubically_without_antialiasing():
+    """One of four columns is 1; to 2 and 8 columns: Keys' kernel, a = -0.75, of their centres' distances."""
+    state = {"pos_embed": torch.cat([torch.zeros(1, 1, 1), torch.eye(4)[1].repeat(4).view(1, 16, 1)], 1)}
+    smaller = weights.resize_positions(state, backbone(image_size=16))["pos_embed"][0, 1:, 0].view(2, 2)
+    larger = weights.resize_positions(state, backbone(image_size=64))["pos_embed"][0, 1:, 0].view(8, 8)
+    near, far = (1.25 * 0.5 - 2.25) * 0.25 + 1, -0.75 * (1.5 ** 3 - 5 * 1.5 ** 2 + 8 * 1.5 - 4)
+    assert smaller[0].tolist() == pytest.approx([near, far], abs=1e-6)
+    assert larger[3, 2].item() == pytest.approx((1.25 * 0.25 - 2.25) * 0.25 ** 2 + 1, abs=1e-6)
+
+
+def test_positions_that_fit_no_grid_are_refused():
+    with pytest.raises(ValueError, match="pos_embed: 17 rows do not fit a grid of 3x5"):
+        weights.resize_positions({"pos_embed": torch.zeros(1, 17, 1)}, backbone(), (3, 5))
+    with pytest.raises(ValueError, match="pos_embed: 16 rows do not fit a grid of 3x3"):
+        weights.resize_positions({"pos_embed": torch.zeros(1, 16, 24)}, backbone())
+    for rows in (19, 25):                                      # 16 offsets are a square, of an even side
+        with pytest.raises(ValueError, match=f"{TABLE}: {rows} rows do not fit a grid of 2x2"):
+            weights.resize_positions({TABLE: torch.zeros(rows, 2)}, backbone())
 
 
 # ---- timm and Hugging Face ----
@@ -299,7 +443,7 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
-def theirs_config(transformers, config, **more):
+def hf_config(transformers, config, **more):
     fields = dict(
         image_size=config.image_size, patch_size=config.patch_size, hidden_size=config.dim,
         num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.dim,
@@ -315,25 +459,25 @@ def normalised(images, config):
     return (images - mean) / std
 
 
-def written(folder):
-    """The file of weights in a folder of Hugging Face's."""
+def weights_in(folder):
+    """The file of weights in a folder that save_huggingface or save_pretrained wrote."""
     return next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
 
 
 @torch.no_grad()
-def assert_same(ours, theirs):
+def assert_same(ours, hf_model):
     """Our model and Hugging Face's compute the same outputs, hidden states and attention."""
     images, masks = torch.rand(2, 3, *ours.config.image_hw), []
     if isinstance(ours, vit.MaskedImageModel):
         masks = [torch.ones(2, *ours.config.grid, dtype=torch.bool)]
-    them = theirs.eval()(normalised(images, ours.config), *(mask.flatten(1) for mask in masks),
-                         output_hidden_states=True, output_attentions=True)
-    expected = them.logits.flatten(0, -2) if "logits" in them else them.last_hidden_state
+    outputs = hf_model.eval()(normalised(images, ours.config), *(mask.flatten(1) for mask in masks),
+                              output_hidden_states=True, output_attentions=True)
+    expected = outputs.logits.flatten(0, -2) if "logits" in outputs else outputs.last_hidden_state
     close(ours(images, *masks), expected)
     if not masks:
         for layer, state in enumerate(ours.hidden_states(images)):
-            close(state, them.hidden_states[layer + 1])
-            close(ours.attention_maps(images, layer), them.attentions[layer])
+            close(state, outputs.hidden_states[layer + 1])
+            close(ours.attention_maps(images, layer), outputs.attentions[layer])
 
 
 @POSITIONS
@@ -345,84 +489,93 @@ def test_hugging_face_both_ways(transformers, tmp_path, monkeypatch, Model, suff
                                 position):
     if suffix == ".bin":
         monkeypatch.setattr(weights, "safetensors", None)
-    config, Theirs = backbone(position, image_size, layer_scale=layer_scale), getattr(transformers, Model)
-    asked = theirs_config(transformers, config, vocab_size=50, num_labels=5, use_mask_token="Mask" in Model)
-    theirs = randomised(Theirs(asked))
-    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "x.bin"))    # memory's names, no config
+    config, HFModel = backbone(position, image_size, layer_scale=layer_scale), getattr(transformers, Model)
+    hf_model = randomised(HFModel(
+        hf_config(transformers, config, vocab_size=50, num_labels=5, use_mask_token="Mask" in Model)))
+    ours, info = weights.build(save(hf_model.state_dict(), tmp_path / "x.bin"))    # memory's names, no config
     assert info["source"] == "Hugging Face" and info["config"].position == position
-    assert_same(ours, theirs)
+    assert_same(ours, hf_model)
     weights.save_huggingface(ours, tmp_path / "back")
-    back, loading = Theirs.from_pretrained(tmp_path / "back", output_loading_info=True,
+    back, loading = HFModel.from_pretrained(tmp_path / "back", output_loading_info=True,
                                            attn_implementation="eager")
     assert not any(loading[f"{wrong}_keys"] for wrong in ("missing", "unexpected", "mismatched"))
-    assert equal(back.state_dict(), theirs.state_dict())
+    assert equal(back.state_dict(), hf_model.state_dict())
     assert_same(ours, back)
-    again, info = weights.build(written(tmp_path / "back"))            # in the hub's names, with config.json
-    assert written(tmp_path / "back").suffix == suffix and equal(again.state_dict(), ours.state_dict())
+    again, info = weights.build(weights_in(tmp_path / "back"))         # in the hub's names, with config.json
+    assert weights_in(tmp_path / "back").suffix == suffix and equal(again.state_dict(), ours.state_dict())
     assert info["config"].image_size == image_size and bool(info["config"].layer_scale) == bool(layer_scale)
 
 
 @pytest.mark.parametrize("change, wrong", [
     ({}, None), ({"num_attention_heads": 4}, None), ({"image_size": [32, 48]}, None),
     ({"layer_norm_eps": 1e-12}, None), ({"layer_norm_eps": 1e-3}, None),
-    ({"hidden_act": "relu"}, "hidden_act relu"), ({"use_mean_pooling": False}, "use_mean|norm.* twice"),
+    ({"hidden_act": "relu"}, "hidden_act gelu, found relu"),
+    ({"use_mean_pooling": False}, "use_mean_pooling true|expected one norm"),
     ({"id2label": {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}}, None)])
 @pytest.mark.parametrize("Model", ["BeitForImageClassification", "BeitModel", "BeitForMaskedImageModeling"])
 def test_config_json_is_obeyed_or_refused(transformers, tmp_path, change, wrong, Model):
     """With initial weights as small as Hugging Face's, where eps counts."""
     config = backbone("relative" if "image_size" in change else "absolute", heads=2)
-    asked = {"id2label": {0: "x", 1: "y", 2: "z"}, "vocab_size": 3, "use_mask_token": "Mask" in Model}
-    theirs = getattr(transformers, Model)(theirs_config(transformers, config, **{**asked, **change}))
-    theirs.save_pretrained(tmp_path)
-    path = written(tmp_path)
+    fields = {"id2label": {0: "x", 1: "y", 2: "z"}, "vocab_size": 3, "use_mask_token": "Mask" in Model}
+    hf_model = getattr(transformers, Model)(hf_config(transformers, config, **{**fields, **change}))
+    hf_model.save_pretrained(tmp_path)
+    path = weights_in(tmp_path)
     if wrong and (Model, change) != ("BeitModel", {"use_mean_pooling": False}):
-        with pytest.raises(ValueError, match=f"safetensors has ({wrong})"):
+        with pytest.raises(UserError, match=f"(config.json: expected|model.safetensors:) ({wrong})"):
             weights.build(path)
         return
     ours, info = weights.build(path)
-    assert_same(ours, theirs)
-    names = list(theirs.config.id2label.values())
+    assert_same(ours, hf_model)
+    if "fc_norm.weight" in ours.state_dict():
+        assert ours.fc_norm.eps == hf_model.config.layer_norm_eps
+    names = list(hf_model.config.id2label.values())
     named = Model == "BeitForImageClassification" and names[0] != "LABEL_0"
     assert info["classes"] == (names if named else None)
     weights.save_huggingface(ours, tmp_path / "back", info["classes"])
     back = getattr(transformers, Model).from_pretrained(tmp_path / "back", attn_implementation="eager")
     assert_same(ours, back)
     assert not named or list(back.config.id2label.values()) == names
-    weights.initialise(vit.VisionTransformer(info["config"]), path)
+    initialise(vit.VisionTransformer(info["config"]), path)
     for field, value in (("heads", 8), ("layer_norm_eps", 1e-5)):
         other = dataclasses.replace(info["config"], **{field: value})
-        with pytest.raises(training.UserError, match=f"--init: .* the model {value}"):
-            weights.initialise(vit.VisionTransformer(other), path)
+        with pytest.raises(UserError, match=f"expected {field} {value} as in the model, found"):
+            initialise(vit.VisionTransformer(other), path)
 
 
 def test_json_beside_hugging_faces_weights(transformers, tmp_path):
     config = dataclasses.replace(backbone("relative"), pixel_std=(0.5, 0.4, 0.3))
     weights.save_huggingface(vit.ImageClassifier(config, 3), tmp_path)
-    assert weights.load(written(tmp_path))[1]["config"].pixel_std == config.pixel_std
+    assert weights.load(weights_in(tmp_path))[1]["config"].pixel_std == config.pixel_std
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor(torch.ones(3, 40, 40), do_rescale=False, return_tensors="pt")["pixel_values"]
     close(pixels, normalised(torch.ones(1, 3, 32, 32), config))
-    for content, message in (('{"id2label": {"0": "a"}}', "has 3 classes and 1 names"), ("{", "is no BEiT")):
+    ours = weights.load_model(weights_in(tmp_path))
+    snippet = weights.save_huggingface.__doc__.partition(":\n\n")[2].partition("\n\n")[0]
+    found = {"path": tmp_path, "image": torch.randint(256, (3, 32, 32), dtype=torch.uint8)}
+    exec(textwrap.dedent(snippet), found)
+    close(found["logits"], ours(found["image"][None] / 255))
+    for content, message in (('{"id2label": {"0": "a"}}', "expected names of 3 classes, found 1"),
+                             ("{", "expected JSON")):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            weights.load(written(tmp_path))
+        with pytest.raises(UserError, match=f"config.json: {message}"):
+            weights.load(weights_in(tmp_path))
     content = '{"id2label": {"10": "c", "9": "b", "1": "a"}, "num_attention_heads": 1}'    # as ImageNet-22K's
     (tmp_path / "config.json").write_text(content)
-    assert weights.load(written(tmp_path))[1]["classes"] == ["a", "b", "c"]
+    assert weights.load(weights_in(tmp_path))[1]["classes"] == ["a", "b", "c"]
 
 
 def test_decoders_of_segmenters_are_left_behind(transformers, tmp_path):
     config = backbone("relative", depth=4, layer_scale=0.1)
-    theirs = randomised(transformers.BeitForSemanticSegmentation(
-        theirs_config(transformers, config, out_indices=[1, 2, 3, 4], num_labels=7)))
-    ours, info = weights.build(save(theirs.state_dict(), tmp_path / "pytorch_model.bin"))
+    hf_model = randomised(transformers.BeitForSemanticSegmentation(
+        hf_config(transformers, config, out_indices=[1, 2, 3, 4], num_labels=7)))
+    ours, info = weights.build(save(hf_model.state_dict(), tmp_path / "pytorch_model.bin"))
     assert info["dropped"] and info["outputs"] is None
-    assert_same(ours, theirs.beit)
+    assert_same(ours, hf_model.beit)
     model = vit.SemanticSegmenter(config, 5)
     weights.save_huggingface(model, tmp_path / "hf")
-    state = weights.build(written(tmp_path / "hf"))[0].state_dict()
+    state = weights.build(weights_in(tmp_path / "hf"))[0].state_dict()
     assert equal(state, {name: model.state_dict()[name] for name in state}) and "norm.weight" in state
-    with pytest.raises(ValueError, match="timm has no place"):
+    with pytest.raises(UserError, match="timm has no place"):
         weights.save_timm(model, tmp_path / "x.pt")
 
 
@@ -432,34 +585,34 @@ def test_decoders_of_segmenters_are_left_behind(transformers, tmp_path):
 def test_timm_both_ways(tmp_path, position, layer_scale, image_size):
     beit = pytest.importorskip("timm.models.beit")
     config = backbone(position, image_size, layer_scale=layer_scale)
-    theirs, back = (beit.Beit(
+    timm_model, back = (beit.Beit(
         img_size=image_size, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5,
         init_values=layer_scale or None, use_abs_pos_emb=position == "absolute",
         use_rel_pos_bias=position == "relative", use_shared_rel_pos_bias=position == "shared_relative").eval()
         for _ in range(2))
-    ours, info = weights.build(save(randomised(theirs).state_dict(), tmp_path / "timm.bin"))
+    ours, info = weights.build(save(randomised(timm_model).state_dict(), tmp_path / "timm.bin"))
     assert (info["source"], info["task"], info["outputs"]) == ("timm", "classification", 5)
     weights.save_timm(ours, tmp_path / "back.pt")
     missing, unexpected = back.load_state_dict(torch.load(tmp_path / "back.pt"), strict=False)
     assert not unexpected and all(name.endswith(("relative_position_index", "k_bias")) for name in missing)
     images = torch.rand(2, 3, image_size, image_size)
     with torch.no_grad():
-        close(ours(images), theirs(normalised(images, config)))
+        close(ours(images), timm_model(normalised(images, config)))
         close(ours(images), back(normalised(images, config)))
     weights.save_timm(vit.MaskedImageModel(config, 50), tmp_path / "back.pt")
     _, unexpected = back.load_state_dict(torch.load(tmp_path / "back.pt"), strict=False)
     assert unexpected == ["norm.weight", "norm.bias"]                  # without [M] and token head
 
 
-@pytest.mark.parametrize("target", ["huggingface", "timm", "beit"])
+@pytest.mark.parametrize("target", ["huggingface", "timm"])
 def test_command_line(tmp_path, capsys, monkeypatch, target):
     model, out = vit.ImageClassifier(backbone("relative"), 5), tmp_path / "out"
-    path = kept(model, tmp_path / "model.pt", "vwxyz")
+    path = write_model(model, tmp_path / "model.pt", "vwxyz")
     monkeypatch.setattr("sys.argv", ["weights.py", str(path), "--to", target, str(out)])
     weights.main()
     said = capsys.readouterr().out
     for words in ("ours, ImageClassifier, 5 outputs", "image_size=32", f"written to {out}, for {target}"):
         assert words in said
-    built, info = weights.build(written(out) if target == "huggingface" else out)
+    built, info = weights.build(weights_in(out) if target == "huggingface" else out)
     assert equal(built.state_dict(), model.state_dict())
     assert info["classes"] == (list("vwxyz") if target == "huggingface" else None)

@@ -1,0 +1,221 @@
+"""Folders of images, and the image files in them.
+
+A source is a Dataset: source[index] -> (PIL image in RGB, label); BadFile if the file cannot be read.
+"""
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
+from torch.utils.data import Dataset
+
+from launch import UserError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Images(Dataset):
+    """Image files without labels: (image, 0)."""
+
+    def __init__(self, paths):
+        self.paths = np.array(paths)    # loader processes would copy a list: reading it counts references
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return open_image(self.paths[index]), 0
+
+
+class ClassFolders(Images):
+    """A folder that holds a folder of images for each class: (image, class).
+
+    classes: names of the classes; by default the sorted names of the folders, of which there must be two.
+    Raises UserError for a folder without images, or of a class that is not in classes.
+    """
+
+    def __init__(self, folder, classes=None):
+        prefix = os.path.join(folder, "")
+        paths = [path for path in image_paths(folder) if os.sep in path.removeprefix(prefix)]
+        if not paths:
+            raise UserError(f"--data: {folder} has no folders of images, one for each class")
+        super().__init__(paths)
+        names = [printable(path.removeprefix(prefix).split(os.sep)[0]) for path in paths]
+        folders = {printable(entry.name) for entry in os.scandir(folder)
+                   if entry.is_dir() and not entry.is_symlink() and is_data(entry.name)}
+        for name in sorted(folders - set(names)):
+            raise UserError(f"--data: no images of its own under {folder}/{name} ({' '.join(SUFFIXES)})")
+        self.classes = classes or sorted(set(names))
+        if len(self.classes) < 2:
+            raise UserError(f"--data: {folder} must hold folders of images of at least two classes")
+        for name in sorted(set(names) - set(self.classes)):
+            raise UserError(f"--data: {folder} has class {name}, which the training images lack")
+        class_of = {name: k for k, name in enumerate(self.classes)}
+        self.targets = [class_of[name] for name in names]
+
+    def __getitem__(self, index):
+        return open_image(self.paths[index]), self.targets[index]
+
+
+IGNORE = 255    # in a class map: a pixel that is not counted
+
+
+class Segmentation(Images):
+    """ADE20K's images/<split>/a.jpg and annotations/<split>/a.png: (image, class map uint8 (H, W)).
+
+    Class k of a file becomes k - 1. Its 0, which means none of the classes, becomes IGNORE.
+    """
+
+    def __init__(self, root, split, classes):
+        images, maps = root / "images" / split, root / "annotations" / split
+        if not images.is_dir() or not maps.is_dir():
+            raise UserError(f"--data: {root} needs images/training, images/validation, annotations/training, "
+                            "annotations/validation")
+        super().__init__(image_paths(images))
+        maps = [maps / Path(path).relative_to(images).with_suffix(".png") for path in self.paths]
+        self.maps, self.classes = np.array(maps, dtype=str), classes
+        missing = [path for path in maps if not path.exists()]
+        if missing:
+            raise UserError(f"--data: {len(missing)} images have no map, {missing[0]} first")
+
+    def __getitem__(self, index):
+        image = open_image(self.paths[index], reduce=False)
+        path = self.maps[index]
+        with open_file(path) as file:
+            mode = file.mode
+            turn_upright(file)
+            numbers = np.array(file)
+        if mode not in ("L", "P"):
+            raise BadFile(f"{path} is not a map of 8-bit class numbers, but mode {mode}")
+        if numbers.shape != (image.height, image.width):
+            h, w = numbers.shape
+            turned = " turned upright" if (h, w) == image.size else ""
+            raise BadFile(f"{path} is {w}x{h}, its image{turned} {image.width}x{image.height}")
+        largest = numbers[numbers != IGNORE].max(initial=0)
+        if largest > len(self.classes):
+            raise BadFile(f"{path} holds class {largest}, there are {len(self.classes)}")
+        return image, np.where(numbers == IGNORE, IGNORE, numbers - 1)    # uint8: 0 - 1 = 255 = IGNORE
+
+
+def segmentation_classes(root):
+    """Names from ADE20K's objectInfo150.txt (tab-separated, with a title line); without it 150 numbers."""
+    table = root / "objectInfo150.txt"
+    if not table.exists():
+        return [str(number) for number in range(1, 151)]
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+    if not 2 <= len(classes) < IGNORE:
+        raise UserError(f"--data: {table} names {len(classes)} classes; a map can hold 2 to {IGNORE - 1}")
+    return classes
+
+
+def image_paths(folder, without=None):
+    """Find the image files below a folder. Returns sorted paths, one for each file.
+
+    Links are followed last, so that a file is found in its own place if it has one, and never to a folder
+    that contains this one. Hidden files, those of the system, and the folder `without` are left out.
+    Raises UserError if there are no images.
+    """
+    top = os.path.realpath(folder)
+    visited = set()
+    if without and os.path.realpath(without) != top:
+        visited.add(os.path.realpath(without))
+    to_walk, path_of, links = [str(folder)], {}, []                    # path_of: real path -> path
+    while to_walk:
+        for where, folders, names in os.walk(to_walk.pop(0)):
+            real = os.path.realpath(where)
+            contains_top = real != top and os.path.commonpath([real, top]) == real
+            if real in visited or contains_top:
+                folders.clear()                                        # os.walk then enters none of them
+                continue
+            visited.add(real)
+            folders[:] = sorted(filter(is_data, folders))
+            to_walk += filter(os.path.islink, [os.path.join(where, name) for name in folders])
+            images = [name for name in names if is_data(name) and name.lower().endswith(SUFFIXES)]
+            for name in images:
+                path = os.path.join(where, name)
+                if os.path.islink(path):
+                    links.append(path)
+                else:
+                    path_of[os.path.join(real, name)] = path
+    for path in sorted(links):
+        path_of.setdefault(os.path.realpath(path), path)
+    if not path_of:
+        raise UserError(f"--data: no images under {folder} ({' '.join(SUFFIXES)})")
+    return sorted(path_of.values())
+
+
+def is_data(name):
+    """Whether a file or folder of this name may belong to a data set: not ._a.png or .ipynb_checkpoints."""
+    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+
+
+def printable(name):
+    """The name of a file or folder, whose bytes may not be UTF-8, as text that can be written and drawn."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+# ---- Image files ----
+
+JPEG_MIN_SIDE = 1024    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if both sides stay this large
+warnings.filterwarnings("ignore", module=r"PIL\.")    # Pillow warns of each file with odd metadata
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY    # accept images with long comments
+
+
+class BadFile(Exception):
+    """A file that cannot be used. The message names the file and the reason."""
+
+
+@contextmanager
+def open_file(path):
+    """Open an image file as a PIL image. Raises BadFile if it cannot be opened, or decoded by the caller."""
+    try:
+        with Image.open(str(path)) as file:    # a str of numpy would look odd in a message
+            yield file
+    except (AttributeError, NameError):        # an error in the program
+        raise
+    except Exception as error:                 # decoders raise a dozen kinds
+        raise BadFile(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def one_line(error):
+    """The message of an exception on one line, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_image(path, reduce=True):
+    """Read an image file as an upright PIL image in RGB.
+
+    Grey of other depths is scaled to 8 bits, transparency is laid over white, and with `reduce` large JPEGs
+    are decoded at a fraction of their size. Raises BadFile.
+    """
+    with open_file(path) as image:
+        if reduce and image.format == "JPEG":
+            image.draft(None, (JPEG_MIN_SIDE, JPEG_MIN_SIDE))
+        turn_upright(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = Image.fromarray(grey_to_8_bits(np.asarray(image, dtype=np.float32)))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")    # convert would copy
+
+
+def turn_upright(image):
+    """Decode a PIL image and turn it as its EXIF orientation says, in place."""
+    image.load()    # outside of `try`: unreadable pixels are an error, unreadable metadata are not
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:    # parsers of metadata, too, raise a dozen kinds
+        pass
+
+
+def grey_to_8_bits(grey):
+    """Scale grey values, float (H, W), to uint8. White is the first of 1, 255, 65535 that none exceeds."""
+    grey = np.nan_to_num(grey, posinf=0, neginf=0)
+    largest = grey.max()
+    possible = [white for white in (1, 255, 65535) if largest <= white]
+    white = possible[0] if possible else largest
+    return (grey * (255 / white)).clip(0, 255).round().astype(np.uint8)

@@ -1,0 +1,450 @@
+"""A training run: the update of a step, and the folder that holds the run.
+
+    run = Run(args, device, num_images=len(source))             # opens the folder args.out
+    network = run.prepare(model, groups, evaluate=...)          # optimizer, last checkpoint, processes
+    for batch in run.batches(views):                            # of the remaining steps
+        loss = ...                                              # the method of the script
+        run.update(loss)                                        # backward, AdamW, evaluate, log, save
+    run.finish(model, config)                                   # model.pt and result.json
+"""
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+import data
+import launch
+from launch import UserError, format_metrics, make_parser, parse, rank, say, scalars, world_size
+
+__all__ = ["Run", "UserError", "make_parser", "parse"]    # the last three also as run.parse and so on
+
+
+# ---- The update of a step ----
+
+def seed_step(seed, step):
+    """Seed what the model draws (stochastic depth, Gumbel noise, mixup) by (seed, step, rank)."""
+    torch.manual_seed(hash((seed, step, rank())))
+
+
+def cosine(step, total, start, end):
+    """Half a cosine from start, at step 0, to end, at step `total` and after it."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, total))))
+
+
+def warmup_cosine(step, total, peak, end, warmup_steps):
+    """Learning rate: linear to peak over warmup_steps, then half a cosine to end (Tables 12 and 13)."""
+    if step < warmup_steps:
+        return peak * min(1, (step + 1) / warmup_steps)
+    return cosine(step - warmup_steps, total - warmup_steps, peak, min(end, peak))
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """Parameter groups for AdamW, with layer-wise learning-rate decay (Table 13).
+
+    The learning rate of layer l is multiplied by "lr_scale" = layer_decay ** (L + 1 - l). Layer 0 holds the
+    embeddings and a shared position bias, layers 1 to L the blocks, layer L + 1 the heads. As in the released
+    code, vectors, [S] and E_pos have no weight decay.
+    """
+    depth, groups = len(model.blocks), {}
+    for name, parameter in model.named_parameters():
+        layer = depth + 1
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed", "rel_pos_bias")):
+            layer = 0
+        scale = layer_decay ** (depth + 1 - layer)
+        decay = 0.0 if parameter.dim() == 1 or name in ("cls_token", "pos_embed") else weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """Exponential moving average of weights, in place. swa_utils.AveragedModel would wait for the GPU."""
+    for mean, new in zip(average.parameters(), model.parameters()):
+        mean.lerp_(new, 1 - decay)
+
+
+# ---- Files ----
+
+def write_atomically(path, write, backup=None):
+    """Call write(file) on a new file, fsync, and rename it to path, so that path is never half-written.
+
+    backup: new name of the file that was at path. Raises OSError, which reports the free disk space.
+    """
+    new = Path(f"{path}.part")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                           # torch.save raises RuntimeError, too
+        new.unlink(missing_ok=True)
+        free = shutil.disk_usage(Path(path).parent).free / 2 ** 20
+        raise OSError(f"{path} could not be written ({error}); {free:,.1f} MiB are free") from None
+    if backup and Path(path).exists():
+        os.replace(path, backup)
+    os.replace(new, path)
+
+
+def write_json(path, value):
+    """Write JSON atomically, with null for numbers that are not finite."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def count_steps(args, num_images):
+    """(steps of a run, steps per epoch) for num_images training images. An incomplete batch is dropped."""
+    steps_per_epoch = num_images // args.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"--batch-size: {args.batch_size} is more than the {num_images} training images")
+    return args.steps or max(1, round(args.epochs * steps_per_epoch)), steps_per_epoch
+
+
+class StopSignal:
+    """SIGTERM and SIGINT end a run after the current step, in all processes, when last.pt is written.
+
+    In order: a process receives the signal, and note_signal stores it. The next all-reduce tells all
+    processes. At the end of that step, with last.pt written, exit_by_signal ends each process as the signal
+    would have. restore_handlers is for the time after the last step.
+    """
+
+    def __init__(self):
+        self.received = 0                                              # the signal, 0 = none
+        self.handlers = {number: signal.signal(number, self.note_signal)
+                         for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note_signal(self, number, frame):
+        if number == signal.SIGINT and self.received == signal.SIGINT:    # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.received = number
+
+    def exit_by_signal(self, step):
+        """End this process by the signal that it, or another process, received."""
+        number = self.received or signal.SIGTERM
+        say(f"{signal.Signals(number).name}: stopped after step {step}; the same command continues")
+        if dist.is_initialized():
+            dist.barrier()                                             # last.pt is written by rank 0
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.received:                                              # it came after the last all-reduce
+            os.kill(os.getpid(), self.received)
+
+
+MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root", "download")    # when a run continues
+
+
+class Run:
+    """A training run in the folder args.out: it is opened, continued, logged, saved and finished here.
+
+    The folder holds config.json, metrics.jsonl, last.pt to continue from, previous.pt before it, and at the
+    end model.pt and result.json. Rank 0 writes, all processes read.
+
+    num_images: the number of training images; None for an evaluation without training. Raises UserError if
+    they do not fill a batch, or if the folder holds another configuration, is in use, or is not visible on
+    all machines.
+
+    steps       optimizer steps of the whole run
+    step        optimizer steps done so far
+    finished    whether the run is already finished; then nothing is left to do
+    """
+
+    def __init__(self, args, device, num_images):
+        self.args, self.device, self.folder = args, device, Path(args.out)
+        self.steps, self.step, self.report = 0, 0, {}
+        if num_images is not None:
+            self.steps, steps_per_epoch = count_steps(args, num_images)
+        try:
+            self.finished = launch.on_first_process(self._open_folder)
+        except OSError as error:
+            raise UserError(f"--out: {error}") from None
+        seen = torch.tensor(float((self.folder / "config.json").exists()), device=device)
+        if launch.all_sum(seen) < world_size():                        # rank 0 wrote the file
+            raise UserError(f"--out: {self.folder} is not visible on all machines; name a shared folder")
+        if self.finished:
+            say(f"{self.folder} is finished; --fresh starts over")
+            return
+        given = [f"{name} {getattr(args, name)}" for name in args.given if name not in ("preset", "out")]
+        flags = f"{self.folder}: preset {args.preset}" + (f", with {', '.join(given)}" if given else "")
+        say(textwrap.fill(flags, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        if num_images is not None:
+            self._describe_training(self.steps / steps_per_epoch)
+
+    def _describe_training(self, epochs):
+        args, scaling = self.args, ""
+        if "lr" not in args.given and args.batch_size != args.base_batch:
+            scaling = f" = {args.base_lr:g} x batch {args.batch_size} / {args.base_batch}"
+        dtype = launch.choose_dtype(args.precision, self.device.type)
+        say(f"{self.steps} steps of {args.batch_size} images, {epochs:.3g} epochs; "
+            f"peak lr {args.lr:g}{scaling}; {world_size()} x {self.device}, {dtype}")
+
+    def prepare(self, model, groups, *, evaluate, schedule=warmup_cosine, average=None, evaluate_first=False,
+                log_prefix="val_"):
+        """Make the optimizer, load the last checkpoint if there is one, and return the network to train.
+
+        groups          parameter groups for AdamW, each with "lr_scale", the factor of its learning rate
+        evaluate        function without arguments that returns a report: {name: number, or anything else}
+        schedule        (step, steps, peak, end, warmup_steps) -> learning rate
+        average         a copy of the model, for the moving average of its weights with decay args.ema
+        evaluate_first  evaluate after the first step, too
+        log_prefix      written before the names of a report in metrics.jsonl
+        The network is the model, compiled with --compile, and replicated if there are several processes.
+        """
+        self.model, self.average, self.schedule = model, average, schedule
+        self.evaluate, self.evaluate_first, self.log_prefix = evaluate, evaluate_first, log_prefix
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        fp16 = launch.choose_dtype(self.args.precision, self.device.type) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.stateful = dict(model=model, optimizer=self.optimizer, scaler=self.scaler)    # kept in last.pt
+        if average is not None:
+            self.stateful["average"] = average
+        self._restore()
+        self.network = torch.compile(model) if self.args.compile else model
+        if world_size() > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)    # renamed in 2.14
+            self.network = DistributedDataParallel(
+                self.network, device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False, gradient_as_bucket_view=True)
+        return self.network
+
+    def autocast(self):
+        """The context of a forward pass: matrix products in the dtype of --precision."""
+        return launch.autocast(self.args.precision, self.device)
+
+    def batches(self, views, collate=default_collate, repeats=1):
+        """Yield the batches of the remaining steps, in args.accumulate parts. Call `update` after each part.
+
+        Every step is seeded and has its learning rate set. views, collate, repeats: as data.train_loader.
+        """
+        args = self.args
+        loader = iter(data.train_loader(views, args, self.device, self.step, self.steps, collate, repeats))
+        self.stop = StopSignal()
+        self.last_line = self.step, time.perf_counter()                # of the log: its step and time
+        for step in tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, leave=False,
+                         disable=rank() > 0 or not sys.stderr.isatty()):
+            seed_step(args.seed, step)
+            self.lr = self.schedule(step, self.steps, args.lr, args.min_lr, args.warmup * self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * group["lr_scale"]
+            self.model.train()
+            self.sums = 0                                              # of the loss and scores of the parts
+            for part in range(args.accumulate):
+                self.last_part = part == args.accumulate - 1
+                if world_size() > 1:
+                    self.network.require_backward_grad_sync = self.last_part    # one exchange of gradients
+                yield next(loader)
+        self.stop.restore_handlers()
+
+    def update(self, loss, **scores):
+        """Add the gradient of one part of a batch; after the last part, step, evaluate, log and save.
+
+        loss: the mean over the part. scores: more scalars for the log; None is left out. Means over parts and
+        processes are logged. Raises FloatingPointError if the mean loss is not finite.
+        """
+        self.scaler.scale(loss / self.args.accumulate).backward()
+        scores = {name: score for name, score in scores.items() if score is not None}
+        values = [loss.new_full((), x) if isinstance(x, float) else x for x in (loss, *scores.values())]
+        self.sums = self.sums + torch.stack(values).detach()
+        if not self.last_part:
+            return
+        means, stop_requested = self._all_reduce(self.sums / self.args.accumulate)
+        self.step_ended = time.perf_counter()
+        if not math.isfinite(means[0]):
+            raise FloatingPointError(f"step {self.step + 1}: the loss is {means[0]}; the last checkpoint is "
+                                     "kept; try a lower --lr, or --precision bf16 or fp32")
+        grad_norm = self._step_optimizer()
+        self.step += 1
+        last = self.step == self.steps
+        evaluate = last or self.step % self.args.eval_every == 0 or (self.step == 1 and self.evaluate_first)
+        self.report = self.evaluate() if evaluate else {}
+        self._log(dict(zip(["loss", *scores], means)) | {"lr": self.lr, "grad_norm": grad_norm})
+        if stop_requested or last or self.step % self.args.save_every == 0:
+            self._save()
+        if stop_requested:
+            self.stop.exit_by_signal(self.step)
+
+    def _all_reduce(self, values):
+        """Means of a vector over processes, as floats, and whether one of them received a signal to stop."""
+        received = values.new_full((1,), float(self.stop.received > 0))    # only here a step waits for a GPU
+        *means, received = launch.all_sum(torch.cat([values, received]) / world_size()).tolist()
+        return means, received > 0
+
+    def _step_optimizer(self):
+        """Clip the gradient to norm args.clip_grad, and step. Returns the norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:    # a smaller decay at first, so that the first weights are forgotten
+            update_average(self.average, self.model, min(self.args.ema, (1 + self.step) / (10 + self.step)))
+        return norm
+
+    def _log(self, values):
+        """Add a line to metrics.jsonl if one is due: --log-every, first, last, or after an evaluation."""
+        step, evaluated = self.step, bool(self.report)
+        if rank() > 0 or not (step % self.args.log_every == 0 or step == 1 or evaluated):
+            return
+        before, start = self.last_line
+        self.last_line = step, self.step_ended
+        if evaluated:                                                  # does not count as training time
+            self.last_line = step, time.perf_counter()
+        values = {name: float(value) for name, value in values.items()}
+        values |= {f"{self.log_prefix}{name}": value for name, value in scalars(self.report).items()}
+        images = (step - before) * self.args.batch_size
+        values["images_per_second"] = round(images / (self.step_ended - start), 1)
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.folder / 'metrics.jsonl'} could not be written ({error})") from None
+        ten_times_a_run = step % max(1, self.steps // 10) < self.args.log_every
+        if ten_times_a_run or evaluated:
+            say(f"step {step}/{self.steps}  {format_metrics(values)}")
+
+    def finish(self, model, config):
+        """Write model.pt (weights, config, class name), which --init or --tokenizer take, and result.json.
+
+        The result is the report of the last evaluation. Returns it.
+        """
+        report = self.report or self.evaluate()                        # empty if killed after the last step
+        if rank() == 0:
+            kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
+            write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
+        self.write_result(report)
+        return report
+
+    def write_result(self, report):
+        """Write result.json, after which the run is finished."""
+        say(f"held-out images: {format_metrics(report)}")
+        if rank() == 0:
+            write_json(self.folder / "result.json", report)
+        if dist.is_initialized():
+            dist.barrier()                                             # the others may read the folder next
+
+    def draw(self, name, draw_figure, *inputs):
+        """Save the figure draw_figure(*inputs) in the folder. An error is only a warning."""
+        if rank() > 0:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                        # such as a glyph missing in the font
+                figure = draw_figure(*inputs)
+                write_atomically(self.folder / name, lambda file: figure.savefig(file, format="png"))
+        except Exception as error:                                     # whatever libraries raise
+            say(f"warning: {name} could not be drawn ({type(error).__name__}: {error})")
+
+    # ---- The folder ----
+
+    def _open_folder(self):
+        """Make the folder or check that it holds this configuration. Returns whether the run is finished."""
+        file = self.folder / "config.json"
+        config = {name: value for name, value in vars(self.args).items() if name != "given"}
+        config = json.loads(json.dumps(config))                        # tuples become lists, as in the file
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun: continue it
+        if self.args.fresh and file.exists() and not restarted:
+            self._lock()
+            new_names = (Path(f"{self.folder}.old-{n}") for n in itertools.count(1))
+            self.folder.rename(next(name for name in new_names if not name.exists()))
+        self._lock()
+        if not file.exists():
+            write_json(file, config)
+        try:
+            before = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"--out: {file} is not JSON; name another --out, or rename this one with "
+                            "--fresh") from None
+        differ = [f"{name} was {before.get(name)}, now {config.get(name)}" for name in before | config
+                  if name not in MAY_CHANGE and before.get(name) != config.get(name)]
+        if differ:
+            raise UserError(f"--out: {self.folder} holds a run with other flags: {', '.join(differ)}; "
+                            "name another --out, or rename this one with --fresh")
+        return (self.folder / "result.json").exists()
+
+    def _lock(self):
+        """Make the folder if there is none, and lock it for as long as this object lives."""
+        try:
+            import fcntl
+        except ImportError:
+            raise UserError("--out: this system has no fcntl, which locks the folder of a run; Linux, macOS "
+                            "and WSL have it") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = open(self.folder / "lock", "w")              # locked while it is open
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out: {self.folder} is in use by another process; name another") from None
+
+    def _save(self):
+        """Write last.pt, all that is needed to continue; the one before becomes previous.pt."""
+        if rank() > 0:
+            return
+        log, last = self.folder / "metrics.jsonl", self.folder / "last.pt"
+        state = {"step": self.step, "log_size": log.stat().st_size if log.exists() else 0}
+        state |= {name: part.state_dict() for name, part in self.stateful.items()}
+        for name, tensor in state["model"].items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"step {self.step}: {name} is not finite; no checkpoint was written")
+        write_atomically(last, lambda file: torch.save(state, file), backup=self.folder / "previous.pt")
+
+    def _restore(self):
+        """Load the last intact checkpoint, if there is one, and cut the log back to it."""
+        log, log_size = self.folder / "metrics.jsonl", 0
+        if launch.on_first_process(self._choose_checkpoint):
+            state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
+            for name, part in self.stateful.items():
+                if state[name]:                                        # a scaler that was off has no state
+                    part.load_state_dict(state[name])
+            self.step, log_size = state["step"], state["log_size"]
+            say(f"continuing {self.folder} after step {self.step} of {self.steps}")
+        if rank() == 0 and log.exists():
+            os.truncate(log, min(log_size, log.stat().st_size))
+
+    def _choose_checkpoint(self):
+        """Make last.pt the last intact checkpoint. Returns whether there is one.
+
+        A damaged last.pt is renamed, and previous.pt takes its place. Raises UserError if both are damaged.
+        """
+        last, damaged = self.folder / "last.pt", []
+        for path in (last, self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    broken = archive.testzip()                         # torch.load skips the checksums
+                if broken:
+                    raise ValueError(f"{broken} fails its checksum")
+                torch.load(path, map_location="meta", weights_only=True)["step"]
+            except Exception as error:                                 # zipfile and torch raise a dozen kinds
+                reason = " ".join(str(error).split())[:200]
+                damaged.append(f"{path} is damaged ({type(error).__name__}: {reason})")
+                continue
+            if damaged:
+                say(f"warning: {damaged[0]} and set aside; {path} is used")
+                os.replace(last, f"{last}.damaged")
+            os.replace(path, last)                                     # does nothing if path is last.pt
+            return True
+        if damaged:
+            raise UserError(f"--out: {' and '.join(damaged)}; restore a backup, or start over with --fresh")
+        return False

@@ -1,0 +1,190 @@
+"""Train the image tokenizer, a discrete VAE (sec. 2.1; Eq. 3, stage 1; DALL-E, appendix A).
+
+`python train_dvae.py` trains a small one on built-in images; `--preset base` is DALL-E's recipe.
+"""
+import argparse
+import copy
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import data
+import launch
+import visualize
+from dvae import DiscreteVAE
+from run import Run, cosine, count_steps, warmup_cosine
+
+# base is DALL-E's appendix A, without its augmentation; its ramps are 5,000, 150,000 and 1.2M of 3M steps.
+# The others are ours; demo and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes
+# starts with all in use, a slow encoder (encoder_lr) does not move features away from them, and the KL term
+# pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
+OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, temperature_ramp=0.6,
+            lr_ramp=1.0, init_codes=True)
+DEMO = dict(**OURS, base_lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
+PRESETS = {
+    "demo": dict(**DEMO, epochs=0.64, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
+                 kl_weight=3.0, encoder_lr=0.1, ema=0.98, crop_scale=0.3, eval_every=500),
+    "demo-8192": dict(**DEMO, steps=2800, batch_size=8, base_batch=8, min_lr=2e-5, kl_weight=0.5,
+                      encoder_lr=0.05, ema=0.99, crop_scale=0.6, eval_every=1400),
+    "small": dict(**OURS, steps=20_000, batch_size=128, base_batch=128, base_lr=1e-3, min_lr=1e-5,
+                  warmup=0.02, hidden=64, kl_weight=1.0, encoder_lr=0.1, eval_every=1000),
+    "base": dict(steps=3_000_000, batch_size=512, base_batch=512, base_lr=1e-4, min_lr=1.25e-6, warmup=0.0,
+                 weight_decay=1e-4),
+}
+
+
+def parse_args(argv=None):
+    """The flags of train_dvae.py. Exits with argparse's message if they do not fit together."""
+    parser = launch.make_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--image-size", type=launch.positive_int, default=112,
+        help="pixels per side: the side of the token grid times 2 ** (groups - 1)")
+    add("--vocab-size", type=launch.number(int, 2), default=8192, help="number of codes |V|")
+    add("--hidden", type=launch.number(int, 4), default=256,
+        help="width of the first group; the next are 2, 4, 8 times as wide")
+    add("--groups", type=launch.positive_int, default=4,
+        help="groups of blocks; each but the last halves the resolution")
+    add("--blocks-per-group", type=launch.positive_int, default=2, help="residual blocks in a group")
+    add("--kl-weight", type=launch.nonnegative, default=6.6, help="final weight beta of the KL term")
+    add("--kl-ramp", type=launch.fraction, default=0.00167,
+        help="beta rises from 0 over this fraction of the steps")
+    add("--temperature", type=launch.number(float, 1e-6, 1), default=1 / 16,
+        help="final temperature of the Gumbel-softmax")
+    add("--temperature-ramp", type=launch.fraction, default=0.05,
+        help="the temperature falls from 1 over this fraction of the steps")
+    add("--lr-ramp", type=launch.fraction, default=0.4,
+        help="the learning rate falls over this fraction of the steps")
+    add("--encoder-lr", type=launch.fraction, default=1.0,
+        help="learning rate of the encoder / that of the decoder")
+    add("--init-codes", action=argparse.BooleanOptionalAction, default=False,
+        help="initialise the codes from random patches of training images; DALL-E: random weights")
+    add("--ema", type=launch.fraction, default=0.999,
+        help="decay of the moving average of the weights, which model.pt holds")
+    add("--crop-scale", type=launch.number(float, 1e-6, 1), default=0.08,
+        help="smallest area of a random crop / area of the image")
+    add("--jitter", type=launch.fraction, default=0.0,
+        help="brightness, contrast and saturation vary by this fraction")
+    args = launch.parse(parser, PRESETS, argv)
+    downsample = 2 ** (args.groups - 1)
+    if args.image_size % downsample:
+        parser.error(f"--image-size: must be a multiple of {downsample} for {args.groups} groups, "
+                     f"got {args.image_size}")
+    return args
+
+
+def flags_for_pretraining(args, grid, steps, num_images):
+    """The command line of this script that trains a tokenizer for pretrain.py: a token per patch of its grid.
+
+    args, steps: the flags and the steps of that run. num_images: the number of its training images.
+    """
+    preset, processes = PRESETS[args.tokenizer_preset], launch.world_size()
+    batch_size = math.ceil(min(preset["batch_size"], args.batch_size) / processes) * processes
+    downsample = 2 ** (preset.get("groups", 4) - 1)                    # as dvae.DiscreteVAE.downsample
+    flags = ["--preset", args.tokenizer_preset, "--out", Path(args.out) / "tokenizer",
+             "--image-size", grid[0] * downsample, "--batch-size", batch_size]
+    for name in ("data", "data_root", "seed", "workers", "device", "precision"):
+        if name in args.given:
+            flags += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    if args.compile:
+        flags.append("--compile")
+    flags = [str(flag) for flag in flags]
+    preset_steps, _ = count_steps(parse_args(flags), num_images)
+    return [*flags, "--steps", str(args.tokenizer_steps or min(steps, preset_steps))]
+
+
+def train(args, device):
+    """Train a tokenizer in the folder args.out, or continue there. Returns the path of its model.pt."""
+    source, held_out = data.open_splits(args.data, args.data_root, download=args.download)
+    views = data.Views(source, image_size=None, token_size=args.image_size, seed=args.seed,
+                       crop_scale=args.crop_scale, jitter=args.jitter)
+    val_views = data.Views(held_out, image_size=None, token_size=args.image_size, train=False)
+    run = Run(args, device, num_images=len(source))
+    if run.finished:
+        return run.folder / "model.pt"
+    model, parameter_groups = build_model(args, views, device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    network = run.prepare(model, parameter_groups, average=average,
+                          schedule=partial(shorter_warmup_cosine, args.lr_ramp),
+                          evaluate=partial(evaluate, average, val_views, args, device))
+    channels_per_token = 3 * model.downsample ** 2                     # 192 in DALL-E
+    for batch in run.batches(views):
+        temperature = cosine(run.step, args.temperature_ramp * run.steps, 1.0, args.temperature)
+        beta = cosine(run.step, args.kl_ramp * run.steps, 0.0, args.kl_weight)
+        images = data.to_float(batch["token_image"].to(device, non_blocking=True))
+        with run.autocast():
+            nll, kl, reconstruction = network(images, temperature)
+        loss = nll + beta / channels_per_token * kl                    # Eq. 3, stage 1; beta = 1: -ELBO
+        mse = (reconstruction - images).square().mean()
+        run.update(loss, nll=nll, kl=kl, mse=mse, kl_weight=beta, temperature=temperature)
+    run.finish(average, model.config)
+    run.draw("tokenizer.png", draw, average, val_views, args.temperature, device)
+    return run.folder / "model.pt"
+
+
+def build_model(args, views, device):
+    """The DiscreteVAE to train, its codes initialised if --init-codes says so, and its parameter groups."""
+    torch.manual_seed(args.seed)
+    model = DiscreteVAE(args.vocab_size, args.hidden, args.groups, args.blocks_per_group)
+    model.to(device, memory_format=torch.channels_last)
+    if args.init_codes:
+        patches_per_image = (args.image_size // model.downsample) ** 2
+        num_images = math.ceil(2 * args.vocab_size / patches_per_image)    # enough for 2 V patches
+        images = data.some_samples(views, num_images)["token_image"]
+        model.initialise_codes(data.to_float(images.to(device)))
+    groups = [{"params": list(part.parameters()), "weight_decay": args.weight_decay, "lr_scale": scale}
+              for part, scale in ((model.encoder, args.encoder_lr), (model.decoder, 1.0))]
+    return model, groups
+
+
+def shorter_warmup_cosine(fraction, step, steps, peak, end, warmup_steps):
+    """warmup_cosine that reaches `end` after a fraction of the steps."""
+    return warmup_cosine(step, fraction * steps, peak, end, warmup_steps)
+
+
+def perplexity(counts):
+    """exp of the entropy of a histogram (V,): 1 if one code is used, V if all are used equally often."""
+    return torch.distributions.Categorical(counts.double()).perplexity().item()
+
+
+@torch.no_grad()
+def evaluate(model, views, args, device):
+    """Measure a tokenizer on 512 held-out images. Errors are means over RGB values in [0, 1].
+
+    soft_mse             squared error with soft codes, softmax(logits / temperature)
+    hard_mse, hard_mae   squared and absolute error (Table 8) with hard codes, argmax
+    codes, perplexity    how many codes are in use, and the perplexity of their frequencies
+    """
+    model.eval()
+    means, counts = launch.Means(), 0
+    for batch in data.val_loader(views, args, device, num_images=512):
+        images = data.to_float(batch["token_image"].to(device))
+        tokens = model.tokenize(images)
+        counts += torch.bincount(tokens.flatten(), minlength=model.vocab_size).cpu()
+        soft, hard = model(images, args.temperature).images - images, model.decode(tokens) - images
+        means.add(len(images), soft_mse=soft.square().mean(), hard_mse=hard.square().mean(),
+                  hard_mae=hard.abs().mean())
+    report = means.compute()
+    counts = sum(launch.all_gather(counts))                            # of all processes
+    report |= {"codes": int((counts > 0).sum()), "perplexity": perplexity(counts)}
+    if report["perplexity"] < 0.01 * model.vocab_size:
+        launch.say(f"warning: the codebook is collapsing, {report['codes']} of {model.vocab_size} codes are "
+                   "used; a higher --kl-weight, a lower --encoder-lr or more --steps may help")
+    return report
+
+
+@torch.no_grad()
+def draw(model, views, temperature, device):
+    """A figure of 12 held-out images, and their reconstructions from soft and from hard codes."""
+    images = data.to_float(data.some_samples(views, 12)["token_image"].to(device))
+    soft, hard = model(images, temperature).images, model.decode(model.tokenize(images))
+    return visualize.figure_reconstructions({"original": images, "soft codes": soft, "hard codes": hard})
+
+
+def main():
+    launch.start(parse_args, train)
+
+
+if __name__ == "__main__":
+    main()
