@@ -1,8 +1,8 @@
 """Images for training: samples made of them, loaders of batches, and the sources that --data names.
 
-A source is a Dataset: source[index] -> (PIL image in RGB, label). Views makes the two views and the mask of
-pre-training from its images, Labelled an image with its label. Both are indexed by (epoch, index), and every
-random draw is a function of (seed, epoch, index) alone, whatever the number of workers and processes.
+A source is a Dataset: source[index] -> (PIL image in RGB, label). Views returns the two views and the mask of
+an image for pre-training, Labelled returns an image and its label. Both are indexed by (epoch, index). Every
+random draw depends on (seed, epoch, index) only, not on the number of workers or processes.
 """
 import functools
 import math
@@ -48,8 +48,8 @@ class Views(Dataset):
 
     draw_mask: function of a numpy generator that returns bool (h, w), such as a partial blockwise_mask.
 
-    A sample is a dict of "image" and "token_image", uint8 (3, S, S), and "mask", bool (h, w). Those without
-    an image_size, token_size or draw_mask are left out.
+    A sample is a dict of "image" and "token_image", uint8 (3, S, S), and "mask", bool (h, w). An entry is
+    missing if its image_size, token_size or draw_mask is None.
     """
 
     def __init__(self, source, image_size, token_size, draw_mask=None, *, seed=0, train=True, crop_scale=0.08,
@@ -150,7 +150,7 @@ def read_sample(source, index):
         except BadFile as error:
             first_error = first_error or error
             warn_once(str(error))
-    raise OSError(f"--data: {first_error}, nor can the {tries - 1} files after it")
+    raise OSError(f"--data: {tries} images in a row cannot be used; the first: {first_error}")
 
 
 @functools.cache
@@ -201,7 +201,7 @@ def classification_transform(size, *, train, crop_scale=0.08, randaugment=0.0, e
     crop = v2.RandomResizedCrop(size, (crop_scale, 1.0), interpolation=BICUBIC)
     operations = []
     if randaugment:
-        steps = np.arange(31)                                          # of a third of a magnitude
+        steps = np.arange(31)                                          # magnitudes 0, 1/3, 2/3 ... 10
         operation = v2.RandomChoice(
             [v2.RandAugment(1, int(step), 31, BICUBIC, FILL_COLOUR) for step in steps],
             p=np.exp(-((steps / 3 - randaugment) / 0.5) ** 2 / 2).tolist())
@@ -223,21 +223,21 @@ def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
     """In training: random scale, crop, flip and colours of an image and its class map. Otherwise: unchanged.
 
     scale     range of the shorter side / size; then size x size pixels are cropped, with IGNORE as padding
-    jitter    share by which contrast and saturation vary, brightness by a quarter of it and hue by a fifth,
-              each of them in half of the images
+    jitter    largest relative change of contrast and saturation; brightness changes by a quarter of it, hue
+              by a fifth, each of them with probability 0.5
     """
     if not train:
         return v2.PILToTensor()
     sides = [round(size * factor) for factor in np.linspace(*scale, num=33)]
     amounts = dict(brightness=jitter / 4, contrast=jitter, saturation=jitter, hue=jitter / 5)
     distortions = [v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5)
-                   for name, amount in amounts.items()]                # v2's own also swaps red and blue
+                   for name, amount in amounts.items()]                # v2's own also permutes the channels
     return v2.Compose([
-        v2.RandomShortestSize(sides, interpolation=BICUBIC), partial(varied_crop, size),
+        v2.RandomShortestSize(sides, interpolation=BICUBIC), partial(crop_with_variety, size),
         v2.RandomHorizontalFlip(), *distortions, v2.PILToTensor()])
 
 
-def varied_crop(size, image, class_map):
+def crop_with_variety(size, image, class_map):
     """A random crop of size x size pixels, padded with IGNORE.
 
     As usual on ADE20K, another crop is drawn if one class covers more than 75 % of the pixels that are
@@ -258,17 +258,18 @@ def rank_batches(num_images, batch_size, *, seed, start, stop, parts=1, rank=0, 
     """Yield lists of (epoch, index) for the steps from start to stop - 1 of one process, `parts` for a step.
 
     The images of a step are a function of (seed, step), and are dealt to parts and processes in order.
-    repeats: how often an image is in its batch, each time with the draws of another epoch (Table 13: repeated
-    augmentation). An epoch has as many steps as without repeats, and fewer images.
+    repeats: how often each image occurs in a batch, each time with other draws (repeated augmentation, Table
+    13): those of the key epoch * repeats + r for repeat r. An epoch keeps its number of steps, and so sees
+    1 / repeats of the images.
     """
-    images_per_batch = math.ceil(batch_size / repeats)                 # different ones
+    unique_per_batch = math.ceil(batch_size / repeats)
     for step in range(start, stop):
         epoch, step_of_epoch = divmod(step, num_images // batch_size)
         if step_of_epoch == 0 or step == start:
             order = np.random.default_rng([seed, epoch]).permutation(num_images)
-        first = step_of_epoch * images_per_batch
+        first = step_of_epoch * unique_per_batch
         for part in np.arange(batch_size).reshape(parts, world_size, -1):
-            yield [(epoch * repeats + i // images_per_batch, int(order[first + i % images_per_batch]))
+            yield [(epoch * repeats + i // unique_per_batch, int(order[first + i % unique_per_batch]))
                    for i in part[rank].tolist()]
 
 
@@ -280,9 +281,10 @@ def train_loader(dataset, args, device, start, stop, collate=default_collate, re
 
 
 def val_loader(dataset, args, device, collate=default_collate, num_images=None, batch_size=None):
-    """Load the held-out samples, each on one process, in batches of batch_size, by default as in training.
+    """Load every held-out sample exactly once, split over the processes.
 
-    num_images: load about this many samples, evenly spaced; by default all.
+    batch_size: by default that of a process in training. num_images: load about this many samples, evenly
+    spaced; by default all.
     """
     spacing = math.ceil(len(dataset) / num_images) if num_images else 1
     indices = range(0, len(dataset), spacing)[rank()::world_size()]
@@ -303,11 +305,11 @@ def make_loader(dataset, batches, args, device, collate):
 
 
 def leave_process_group(worker):
-    """Leave the process group of the main process, so that Ctrl-C lets it finish its step."""
+    """Put a loader process into its own group, so that Ctrl-C does not kill it within a step."""
     os.setpgrp()
 
 
-def some_samples(dataset, count, collate=default_collate):
+def sample_batch(dataset, count, collate=default_collate):
     """A batch of at most count samples of the first epoch, evenly spaced."""
     indices = range(0, len(dataset), max(1, len(dataset) // count))[:count]
     return collate([dataset[0, index] for index in indices])
@@ -341,11 +343,11 @@ def open_splits(data, root, labels=None, download=False):
         return Shapes("train", labels == "maps"), Shapes("val", labels == "maps")
     if data in TORCHVISION:
         if labels == "maps":
-            raise UserError(f"--data: {data} has no maps to segment; shapes has, and folders like ADE20K's")
+            raise UserError(f"--data: {data} has no class maps; use shapes, or a folder in ADE20K's layout")
         return open_torchvision(data, root, download)
     folder = Path(data)
     if not folder.is_dir():
-        raise UserError(f"--data: {data} is not a folder, nor shapes, {', '.join(TORCHVISION)}")
+        raise UserError(f"--data: {data} is neither a folder nor one of shapes, {', '.join(TORCHVISION)}")
     if labels == "maps":
         classes = segmentation_classes(folder)
         return Segmentation(folder, "training", classes), Segmentation(folder, "validation", classes)
@@ -353,7 +355,7 @@ def open_splits(data, root, labels=None, download=False):
     val = next((folder / name for name in ("val", "validation") if (folder / name).is_dir()), None)
     if labels == "classes":
         if val is None or not train.is_dir():
-            raise UserError(f"--data: {data} needs train/ and val/ (or validation/), a folder for each class")
+            raise UserError(f"--data: {data} needs train/ and val/ (or validation/), with a folder per class")
         training = ClassFolders(train)
         return training, ClassFolders(val, training.classes)
     paths = image_paths(train if train.is_dir() else folder, without=val)
@@ -407,7 +409,7 @@ def split_off(source, count):
     return Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count]))
 
 
-def few_labels(source, count, classes, seed):
+def balanced_subset(source, count, classes, seed):
     """A Subset of `count` samples with the same number of each class, to within one.
 
     Raises UserError if a class has too few samples.
@@ -422,20 +424,21 @@ def few_labels(source, count, classes, seed):
         samples = np.flatnonzero(labels == k)
         wanted = count // len(classes) + int(gets_one_more[k])
         if len(samples) < wanted:
-            raise UserError(f"--labels: {count} are {wanted} of class {name}, which has {len(samples)}")
+            raise UserError(f"--labels: {count} images need {wanted} of class {name}, which has "
+                            f"{len(samples)}")
         chosen += rng.permutation(samples)[:wanted].tolist()
     return Subset(source, sorted(chosen))
 
 
-def require_classes(targets, fewest, where):
-    """Raise UserError unless at least `fewest` classes occur in the targets. Reads no more than it needs."""
+def require_classes(targets, min_classes, where):
+    """Raise UserError unless at least min_classes classes occur in the targets. Reads only what it needs."""
     seen = set()
     for target in targets:
         seen |= set(np.unique(target).tolist())
-        if len(seen) >= fewest:
+        if len(seen) >= min_classes:
             return
-    raise UserError(f"--data: {len(seen)} classes occur in the {where}; at least {fewest} must, so that "
-                    "there is something to learn and to measure")
+    raise UserError(f"--data: the {where} have {len(seen)} of the classes; at least {min_classes} are "
+                    "needed, to have something to learn and to measure")
 
 
 def counted_pixels(source):
@@ -445,7 +448,7 @@ def counted_pixels(source):
         yield class_map[class_map != IGNORE]
 
 
-def open_parts(args, maps=False):
+def open_labelled_splits(args, maps=False):
     """Open --data with labels, or with class maps, and take the parts of it for --validate and --labels.
 
     Returns (training source, held-out source, names of the classes). Raises UserError as open_splits does,
@@ -459,7 +462,7 @@ def open_parts(args, maps=False):
         require_classes(counted_pixels(source), 2, "training maps")
         require_classes(counted_pixels(held_out), 1, "held-out maps")
     elif args.labels:
-        source = few_labels(source, args.labels, classes, args.seed)
+        source = balanced_subset(source, args.labels, classes, args.seed)
     elif args.validate:
         require_classes(labels_of(source), 2, "training labels")
     return source, held_out, classes

@@ -92,7 +92,7 @@ class Stack(nn.Module):
 class DVAEOutput(NamedTuple):
     """The two terms of -ELBO (Eq. 2 with a uniform prior), and the reconstruction.
 
-    -ELBO per pixel channel is nll + kl / (pixel channels per token), which are 192 in DALL-E.
+    -ELBO per pixel channel is nll + kl / (pixel channels per token). That divisor is 192 in DALL-E.
     """
     nll: torch.Tensor       # scalar: -ln p(x | z) in nats, mean over pixel channels
     kl: torch.Tensor        # scalar: KL(q(z | x) || uniform) in nats, mean over tokens
@@ -127,7 +127,7 @@ class DiscreteVAE(nn.Module):
             z = F.gumbel_softmax(logits, temperature)                  # relaxed one-hot codes
         else:
             z = (logits / temperature).softmax(dim=-1)
-        codebook = self.decoder.blocks.input                           # a 1x1 convolution; V is the last axis
+        codebook = self.decoder.blocks.input                           # a 1x1 convolution from V channels
         codes = F.linear(z, codebook.w.flatten(1), codebook.b)         # (B, h, w, CODE_DIM)
         reconstruction, mu, log_b = self.decode_codes(codes)
         nll = logit_laplace_nll(map_pixels(images), mu, log_b)         # -ln p(x | z)
@@ -187,11 +187,10 @@ class DiscreteVAE(nn.Module):
 
             logit_k = -s |f - f_k|^2 = 2 s f_k . f - s |f_k|^2 + a term that is the same for all k
 
-        The first two terms are a 1x1 convolution with weight 2 s f_k and bias -s |f_k|^2, which becomes the
-        last one of the encoder; softmax ignores the third. s makes -sharpness ln V the typical logit, since
-        |f - f_k|^2 is about 2 |f_k|^2: the nearest code is likely, but not certain. In the decoder, the
+        The first two terms are a 1x1 convolution with weight 2 s f_k and bias -s |f_k|^2, which replaces the
+        last one. The third cancels in the softmax. s is such that a random code, for which |f - f_k|^2 is
+        about 2 |f_k|^2, has the logit -sharpness ln V, while the code of f itself has 0. In the decoder, the
         vector of code k becomes a random projection of f_k, so that similar codes have similar vectors.
-
         images (B, 3, H, W): with 2 V patches or more, nearly all codes stand for different patches.
         """
         features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)

@@ -48,7 +48,8 @@ def parse_args(argv=None):
     parser = launch.make_parser(__file__, __doc__)
     launch.add_finetuning_flags(parser, defaults=vit.ViTConfig())
     add = parser.add_argument
-    add("--labels", type=launch.positive_int, help="train on this many images, equally many of each class")
+    add("--labels", type=launch.positive_int,
+        help="train on this many images, the same number from each class")
     add("--label-smoothing", type=launch.fraction, default=0.1,
         help="fraction of the target that is spread over all classes")
     add("--crop-scale", type=launch.number(float, 1e-6, 1), default=0.08,
@@ -66,7 +67,7 @@ def parse_args(argv=None):
         help="side of the evaluated centre crop / shorter side of the image")
     args = launch.parse(parser, PRESETS, argv)
     if args.init == "none" and args.eval:
-        parser.error("--init none leaves nothing to evaluate; a model.pt would do")
+        parser.error("--init: there is nothing to evaluate with none; give a model.pt")
     return args
 
 
@@ -77,25 +78,25 @@ def train(args, device):
     writes anything, for data or a checkpoint that do not fit.
     """
     checkpoint = pretrained.open_checkpoint(args, evaluate=args.eval)    # sets the sizes of the model in args
-    views, val_views, classes = open_views(args)
+    train_set, val_set, classes = open_datasets(args)
     config = launch.config_from_flags(vit.ViTConfig, args)
     torch.manual_seed(args.seed)
     model = vit.ImageClassifier(config, len(classes))
     model.checkpoint_blocks = args.checkpoint_blocks
     pretrained.load_weights(model, checkpoint, classes, need_head=args.eval)
     model.to(device)
-    evaluate_model = partial(evaluate, model, val_views, args, device)
+    evaluate_model = partial(evaluate, model, val_set, args, device)
     if args.eval:
-        launch.say(f"{len(val_views)} held-out images: {launch.format_metrics(evaluate_model())}")
+        launch.say(f"{len(val_set)} held-out images: {launch.format_metrics(evaluate_model())}")
         return
-    run = Run(args, device, num_images=len(views))
+    run = Run(args, device, num_images=len(train_set))
     if run.finished:
         return
-    launch.say(f"{len(classes)} classes, {len(views)} training images, {len(val_views)} held out")
+    launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     network = run.prepare(model, groups, evaluate=evaluate_model)
     mix = make_mixup(args, len(classes))
-    for images, labels in run.batches(views, repeats=args.repeats):
+    for images, labels in run.batches(train_set, repeats=args.repeats):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images, labels = mix(data.to_float(images), labels)            # labels (B,), mixed labels (B, C)
         with run.autocast():
@@ -103,12 +104,12 @@ def train(args, device):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         run.update(loss)
     run.finish(model, {"vit": dataclasses.asdict(config), "classes": classes})
-    run.draw("predictions.png", draw, model, val_views, classes, args, device)
+    run.draw("predictions.png", draw, model, val_set, classes, args, device)
 
 
-def open_views(args):
+def open_datasets(args):
     """(training, held-out) data.Labelled of --data, and the names of the classes. Raises UserError."""
-    source, held_out, classes = data.open_parts(args)
+    source, held_out, classes = data.open_labelled_splits(args)
     transform = data.classification_transform(
         args.image_size, train=True, crop_scale=args.crop_scale, erasing=args.erasing,
         randaugment=args.randaugment)
@@ -131,11 +132,11 @@ def make_mixup(args, num_classes):
 
 
 @torch.no_grad()
-def evaluate(model, views, args, device):
+def evaluate(model, dataset, args, device):
     """loss (cross-entropy in nats, mean over images), top1 and top5 accuracy on all held-out images."""
     model.eval()
     means = launch.Means()
-    for images, labels in data.val_loader(views, args, device, batch_size=64):
+    for images, labels in data.val_loader(dataset, args, device, batch_size=64):
         images, labels = data.to_float(images.to(device)), labels.to(device)
         with launch.autocast(args.precision, device):
             logits = model(images)
@@ -146,9 +147,9 @@ def evaluate(model, views, args, device):
 
 
 @torch.no_grad()
-def draw(model, views, classes, args, device):
+def draw(model, dataset, classes, args, device):
     """A figure of the predictions for the first 12 held-out images."""
-    images, labels = zip(*[views[0, index] for index in range(min(12, len(views)))])
+    images, labels = zip(*[dataset[0, index] for index in range(min(12, len(dataset)))])    # (epoch, index)
     images = data.to_float(torch.stack(images))
     with launch.autocast(args.precision, device):
         probabilities = model(images.to(device)).float().softmax(dim=1).cpu()

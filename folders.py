@@ -20,7 +20,7 @@ class Images(Dataset):
     """Image files without labels: (image, 0)."""
 
     def __init__(self, paths):
-        self.paths = np.array(paths)    # loader processes would copy a list: reading it counts references
+        self.paths = np.array(paths)    # a list would be copied: reading it changes reference counts
 
     def __len__(self):
         return len(self.paths)
@@ -32,7 +32,7 @@ class Images(Dataset):
 class ClassFolders(Images):
     """A folder that holds a folder of images for each class: (image, class).
 
-    classes: names of the classes; by default the sorted names of the folders, of which there must be two.
+    classes: names of the classes; by default the sorted names of the folders, at least two.
     Raises UserError for a folder without images, or of a class that is not in classes.
     """
 
@@ -45,13 +45,15 @@ class ClassFolders(Images):
         names = [printable(path.removeprefix(prefix).split(os.sep)[0]) for path in paths]
         folders = {printable(entry.name) for entry in os.scandir(folder)
                    if entry.is_dir() and not entry.is_symlink() and is_data(entry.name)}
-        for name in sorted(folders - set(names)):
-            raise UserError(f"--data: no images of its own under {folder}/{name} ({' '.join(SUFFIXES)})")
+        empty = sorted(folders - set(names))
+        if empty:
+            raise UserError(f"--data: {folder}/{empty[0]} has no images ({' '.join(SUFFIXES)}) of its own")
         self.classes = classes or sorted(set(names))
         if len(self.classes) < 2:
             raise UserError(f"--data: {folder} must hold folders of images of at least two classes")
-        for name in sorted(set(names) - set(self.classes)):
-            raise UserError(f"--data: {folder} has class {name}, which the training images lack")
+        unknown = sorted(set(names) - set(self.classes))
+        if unknown:
+            raise UserError(f"--data: {folder} has class {unknown[0]}, which the training images lack")
         class_of = {name: k for k, name in enumerate(self.classes)}
         self.targets = [class_of[name] for name in names]
 
@@ -78,7 +80,7 @@ class Segmentation(Images):
         self.maps, self.classes = np.array(maps, dtype=str), classes
         missing = [path for path in maps if not path.exists()]
         if missing:
-            raise UserError(f"--data: {len(missing)} images have no map, {missing[0]} first")
+            raise UserError(f"--data: {len(missing)} maps are missing, for example {missing[0]}")
 
     def __getitem__(self, index):
         image = open_image(self.paths[index], reduce=False)
@@ -114,8 +116,9 @@ def segmentation_classes(root):
 def image_paths(folder, without=None):
     """Find the image files below a folder. Returns sorted paths, one for each file.
 
-    Links are followed last, so that a file is found in its own place if it has one, and never to a folder
-    that contains this one. Hidden files, those of the system, and the folder `without` are left out.
+    Symbolic links are followed after all real folders, so that a file which is also linked is listed under
+    its real path. Links to a parent of the folder are not followed. Hidden files, files of the operating
+    system, and the folder `without` are left out.
     Raises UserError if there are no images.
     """
     top = os.path.realpath(folder)
@@ -188,8 +191,8 @@ def one_line(error):
 def open_image(path, reduce=True):
     """Read an image file as an upright PIL image in RGB.
 
-    Grey of other depths is scaled to 8 bits, transparency is laid over white, and with `reduce` large JPEGs
-    are decoded at a fraction of their size. Raises BadFile.
+    Greyscale of other bit depths is scaled to 8 bits, transparency is composited onto white, and with
+    `reduce` large JPEGs are decoded at a fraction of their size. Raises BadFile.
     """
     with open_file(path) as image:
         if reduce and image.format == "JPEG":
@@ -205,7 +208,7 @@ def open_image(path, reduce=True):
 
 def turn_upright(image):
     """Decode a PIL image and turn it as its EXIF orientation says, in place."""
-    image.load()    # outside of `try`: unreadable pixels are an error, unreadable metadata are not
+    image.load()    # outside of `try`: unreadable pixels are an error, unreadable metadata is not
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:    # parsers of metadata, too, raise a dozen kinds
@@ -213,7 +216,7 @@ def turn_upright(image):
 
 
 def grey_to_8_bits(grey):
-    """Scale grey values, float (H, W), to uint8. White is the first of 1, 255, 65535 that none exceeds."""
+    """Scale grey values, float (H, W), to uint8. White is the smallest of 1, 255, 65535 that none exceeds."""
     grey = np.nan_to_num(grey, posinf=0, neginf=0)
     largest = grey.max()
     possible = [white for white in (1, 255, 65535) if largest <= white]

@@ -1,7 +1,7 @@
 """How a script starts: its flags, its processes, and one-line messages for wrong input.
 
     parser = make_parser(__file__, __doc__)                     # the flags that all training scripts share
-    parser.add_argument("--mask-ratio", type=share, ...)        # those of this script
+    parser.add_argument("--mask-ratio", type=fraction, ...)     # those of this script
     args = parse(parser, PRESETS)                               # defaults < preset < command line
     start(parse_args, train)                                    # train(args, device) in each process
 """
@@ -50,7 +50,7 @@ positive, nonnegative, fraction = number(float, 1e-12), number(float, 0), number
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults in its help. Of several processes, the first prints errors."""
+    """An ArgumentParser that shows defaults in its help. Only local rank 0 prints errors."""
 
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
@@ -78,7 +78,7 @@ def make_parser(script, description):
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     length.add_argument("--epochs", type=positive, help="passes over the training images")
-    add("--batch-size", type=positive_int, help="images per step, of all processes together")
+    add("--batch-size", type=positive_int, help="images per step, summed over all processes")
     add("--accumulate", type=positive_int, default=1,
         help="compute each batch in this many parts, to save memory")
     add("--lr", type=positive, help="peak learning rate; the default is scaled with the batch size")
@@ -120,7 +120,7 @@ def add_model_flags(parser, defaults):
         help="paper: absolute; released code: shared_relative, and relative in fine-tuning")
     add("--layer-scale", type=nonnegative, help="initial gamma, 0 = none (paper); released: 0.1, large 1e-5")
     add("--drop-path", type=fraction, help="stochastic depth; its rate rises from 0 to this over the blocks")
-    add("--init-std", type=positive, help="std of initial weights (sec. 2.5); if narrow: 0.02 sqrt(768 / D)")
+    add("--init-std", type=positive, help="std of initial weights (sec. 2.5); small D: 0.02 sqrt(768 / D)")
     add("--checkpoint-blocks", action="store_true",
         help="recompute blocks in the backward pass, to save memory")
 
@@ -166,10 +166,11 @@ def parse(parser, presets, argv=None):
     known, _ = early.parse_known_args(argv)
     name = known.preset or ("base" if known.data else "demo")          # the paper's recipe for your own data
     preset = presets.get(name, {})                                     # parse_args refuses a wrong name
-    parser.set_defaults(**preset, preset=name, lr=preset.get("base_lr"))    # lr: for --help
+    parser.set_defaults(**preset, preset=name, lr=preset.get("base_lr"))    # --help shows it
     args = parser.parse_args(argv)
-    all_none = argparse.Namespace(**dict.fromkeys(vars(args)))         # defaults do not replace a None
-    given = vars(parser.parse_args(argv, all_none))
+    # Parse again into a namespace that has every flag as None. argparse does not replace these by defaults,
+    # so what is not None was given on the command line.
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     args.given = [flag for flag, value in given.items() if value is not None]
     if "steps" in args.given:
         args.epochs = None
@@ -183,15 +184,16 @@ def parse(parser, presets, argv=None):
     args.out = args.out or f"runs/{Path(parser.prog).stem}-{Path(args.data).resolve().name}"
     parts = world_size() * args.accumulate
     if args.batch_size % parts:
-        parser.error(f"--batch-size: {args.batch_size} does not divide into {world_size()} processes x "
-                     f"{args.accumulate} parts; {math.ceil(args.batch_size / parts) * parts} would")
+        possible = math.ceil(args.batch_size / parts) * parts
+        parser.error(f"--batch-size: must be a multiple of {world_size()} processes x {args.accumulate} "
+                     f"parts, such as {possible}, got {args.batch_size}")
     return args
 
 
 # ---- Processes ----
 
 def rank():
-    """Number of this process among all that torchrun started."""
+    """Rank of this process among all processes; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -247,8 +249,8 @@ def one_line_errors():
 def join_processes(device, precision):
     """Set up the device of this process and join the others that torchrun started.
 
-    device, precision: of the flags. Returns a torch.device. Raises UserError if this machine has fewer GPUs
-    than processes.
+    device, precision: the values of --device and --precision. Returns a torch.device. Raises UserError if
+    this machine has fewer GPUs than processes.
     """
     torch.set_flush_denormal(True)    # on some CPUs arithmetic on denormal numbers is many times slower
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -24,11 +24,12 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
     Returns a boolean array (h, w). Raises ValueError if the mask would be empty or full.
     """
     h, w = grid
-    check_count(num_masked, grid, most=h * w - (1 if exact else 2))    # inexact: at least one more is masked
+    check_count(num_masked, h * w - (1 if exact else 2))               # inexact masks have at least one more
     if min_block is None:
         min_block = max(1, round(16 / 196 * h * w))
     if not (1 <= min_block <= h * w and 0 < min_aspect <= 1):
-        raise ValueError(f"min_block: 1 to {h * w}, min_aspect: in (0, 1]; not {min_block}, {min_aspect}")
+        raise ValueError(f"min_block must be from 1 to {h * w} and min_aspect in (0, 1], got {min_block} and "
+                         f"{min_aspect}")
 
     def rand(low, high):    # high < low is possible, as in the released code
         return low + (high - low) * rng.random()
@@ -43,7 +44,7 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
         a, b = max(1, round(math.sqrt(s * r))), max(1, round(math.sqrt(s / r)))    # block height, width
         if a > h or b > w:
             continue                                                   # does not fit: draw another
-        t, l = int(rand(0, h - a + 1)), int(rand(0, w - b + 1))        # top, left: whole numbers
+        t, l = int(rand(0, h - a + 1)), int(rand(0, w - b + 1))        # top, left: integers
         block = M[t:t + a, l:l + b]
         new = a * b - np.count_nonzero(block)
         if exact and size + new >= num_masked:
@@ -61,10 +62,12 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
 
 
 def mask_part_of(block, count, rng):
-    """Mask `count` unmasked patches of a block, in place, beginning at one of its sides, drawn at random."""
-    lines = block if rng.random() < 0.5 else block.T
-    free = np.flatnonzero(~lines)
-    lines.flat[free[:count] if rng.random() < 0.5 else free[len(free) - count:]] = True
+    """Mask `count` unmasked patches of a block, a view of the mask, starting from a randomly chosen side."""
+    rows = block if rng.random() < 0.5 else block.T
+    free = np.flatnonzero(~rows)
+    if rng.random() >= 0.5:
+        free = free[::-1]
+    rows.flat[free[:count]] = True
 
 
 def random_mask(grid, num_masked, rng):
@@ -73,7 +76,7 @@ def random_mask(grid, num_masked, rng):
     rng numpy.random.Generator. Returns a boolean array (h, w). Raises ValueError for an empty or full mask.
     """
     h, w = grid
-    check_count(num_masked, grid, most=h * w - 1)
+    check_count(num_masked, h * w - 1)
     M = np.zeros((h, w), dtype=bool)
     M.flat[rng.choice(h * w, num_masked, replace=False)] = True
     return M
@@ -93,8 +96,7 @@ def number_to_mask(ratio, grid):
     return int(ratio * h * w + 1e-9)                                   # 0.29 of 100 is 28.999999999999996
 
 
-def check_count(num_masked, grid, most):
-    """Raise ValueError unless num_masked is a whole number from 1 to most."""
-    if not isinstance(num_masked, Integral) or not 1 <= num_masked <= most:
-        h, w = grid
-        raise ValueError(f"num_masked: a whole number from 1 to {most} of {h}x{w} patches, not {num_masked}")
+def check_count(num_masked, largest):
+    """Raise ValueError unless num_masked is an integer from 1 to `largest`."""
+    if not isinstance(num_masked, Integral) or not 1 <= num_masked <= largest:
+        raise ValueError(f"num_masked must be an integer from 1 to {largest}, got {num_masked}")

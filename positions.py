@@ -69,8 +69,8 @@ def offset_weights(old, new):
         placed at       0         1          1 + q         1 + q + q^2
         new offsets     0         1         2         3         4
 
-    A cubic spline through the old biases at this geometric grid gives the new ones. q is at least 1.01 and at
-    most 1.5: a smaller grid loses the largest offsets, and a much larger one repeats the last bias.
+    A cubic spline through the old biases at this geometric grid gives the new ones. q is limited to [1.01,
+    1.5]. A smaller grid therefore drops the largest old offsets, and a much larger one repeats the last bias.
     """
     if old == new:
         return torch.eye(2 * new - 1).double()

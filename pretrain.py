@@ -1,9 +1,9 @@
 """Masked image modeling (sec. 2.3): pre-train a transformer to predict the visual tokens of masked patches.
 
-`python pretrain.py` does everything on built-in images. The paper's run, with DALL-E's tokenizer:
+`python pretrain.py` trains a tokenizer and pre-trains on built-in images. The paper's run, with DALL-E's:
 `torchrun --nproc_per_node=16 pretrain.py --data IMAGENET --tokenizer encoder.pkl`.
-The rows of Table 4, each for 300 epochs: --masking random; --target pixels; both; --predict all; --masking
-none --predict all. Its last row pre-trains for 800 epochs, as the presets do.
+The rows of Table 4 are --masking random; --target pixels; these two together; --predict all; --masking none
+--predict all: each with --epochs 300 --warmup 0.0333 (10 epochs). Its last row has 800 epochs, the default.
 Axes: B images in a batch, each with a grid of h x w patches and visual tokens; M patches to predict in the
 batch; V codes; P x P pixels in a patch.
 """
@@ -54,7 +54,7 @@ def parse_args(argv=None):
         help="steps of its training (default: the preset's, at most the steps of this run)")
     add("--masking", choices=list(MASKS), default="blockwise", help="Algorithm 1, or an ablation of Table 4")
     add("--mask-ratio", type=launch.fraction, default=0.4,
-        help="share of masked patches (sec. 2.3: about 40 %%)")
+        help="fraction of masked patches: 0.4 is 78 of 196 (sec. 2.3), 0.383 is 75 (sec. 2.5)")
     add("--exact-masks", action=argparse.BooleanOptionalAction, default=True,
         help="mask the same number of patches in each image; otherwise stop as Algorithm 1, above the ratio")
     add("--log-aspect", action="store_true",
@@ -68,7 +68,6 @@ def parse_args(argv=None):
     add("--jitter", type=launch.fraction, default=0.4,
         help="brightness, contrast and saturation vary by this share (Table 12)")
     args = launch.parse(parser, PRESETS, argv)
-
     grid = launch.config_from_flags(vit.ViTConfig, args).grid
     most = math.prod(grid) - (1 if args.exact_masks else 2)            # as masking.blockwise_mask allows
     if not 1 <= number_to_mask(args.mask_ratio, grid) <= most:
@@ -94,7 +93,7 @@ def train(args, device):
     config = launch.config_from_flags(vit.ViTConfig, args)
     source, held_out = data.open_splits(args.data, args.data_root, download=args.download)
     tokenizer = None
-    if args.tokenizer:                                                 # a wrong file leaves no folder
+    if args.tokenizer:                                                 # before Run, which makes the folder
         tokenizer = load_tokenizer(args.tokenizer, args, config, held_out)
     run = Run(args, device, num_images=len(source))
     if run.finished:
@@ -113,16 +112,16 @@ def train(args, device):
         launch.say(f"{bound}{num_masked} of {num_patches} patches are masked")
     network = run.prepare(model, parameter_groups(model, args.weight_decay),
                           evaluate=partial(evaluate, model, tokenizer, val_views, args, device),
-                          evaluate_first=True, log_prefix="")          # evaluate's names begin with val_
+                          evaluate_first=True, log_prefix="")
     for batch in run.batches(views, collate_views):
         images, token_images, mask, places = to_device(batch, device)
         with run.autocast():
-            z = targets_at(places, images, token_images, model, tokenizer)    # argmax q(z | x), (M,)
+            z = targets_at(places, images, token_images, model, tokenizer)    # argmax q(z | x), or pixels
             logits = network(images, mask, places)                     # of p(z' | x^M), (M, V)
         loss, accuracy = loss_and_accuracy(logits, z)                  # Eq. 1, which is Eq. 3, stage 2
         run.update(loss, accuracy=accuracy)
     run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
-    images, token_images, mask, _ = to_device(data.some_samples(val_views, 12, collate_views), device)
+    images, token_images, mask, _ = to_device(data.sample_batch(val_views, 12, collate_views), device)
     run.draw("predictions.png", visualize.draw_predictions, model, tokenizer, images, token_images, mask)
 
 
@@ -155,7 +154,7 @@ def evaluate(model, tokenizer, views, args, device):
 
     val_loss, val_accuracy   of the model, as loss_and_accuracy
     chance_loss              ln V
-    unigram_entropy          the loss of always predicting how frequent each token is
+    unigram_entropy          the loss of predicting the token frequencies for every patch
     majority_accuracy        the accuracy of always predicting the most frequent token
     mean_loss                without a tokenizer: the loss of always predicting the colour pixel_mean
     """
@@ -164,14 +163,14 @@ def evaluate(model, tokenizer, views, args, device):
     for batch in data.val_loader(views, args, device, partial(collate, predict=args.predict), num_images=512):
         images, token_images, mask, places = to_device(batch, device)
         with launch.autocast(args.precision, device):
-            z = targets_at(places, images, token_images, model, tokenizer)
-            logits = model(images, mask, places)
-        loss, accuracy = loss_and_accuracy(logits, z)
+            targets = targets_at(places, images, token_images, model, tokenizer)
+            outputs = model(images, mask, places)
+        loss, accuracy = loss_and_accuracy(outputs, targets)
         if tokenizer:
-            means.add(len(z), val_loss=loss, val_accuracy=accuracy)
-            counts += torch.bincount(z, minlength=tokenizer.vocab_size).cpu()
-        else:
-            means.add(len(z), val_loss=loss, mean_loss=z.square().mean())    # pixel_mean is 0 when normalised
+            means.add(len(targets), val_loss=loss, val_accuracy=accuracy)
+            counts += torch.bincount(targets, minlength=tokenizer.vocab_size).cpu()
+        else:                                                          # pixel_mean is 0 when normalised
+            means.add(len(targets), val_loss=loss, mean_loss=targets.square().mean())
     report = means.compute()
     if tokenizer:
         counts = sum(launch.all_gather(counts))                        # of all processes
@@ -184,8 +183,8 @@ def evaluate(model, tokenizer, views, args, device):
 def load_tokenizer(path, args, config, held_out):
     """The tokenizer in a file. Raises UserError if it gives all patches of eight images the same token."""
     tokenizer = weights.load_tokenizer(path)
-    _, views = open_views(args, config, held_out, held_out, tokenizer)
-    images = data.to_float(data.some_samples(views, 8)["token_image"])
+    _, views = open_views(args, config, held_out, held_out, tokenizer)    # only the held-out views are needed
+    images = data.to_float(data.sample_batch(views, 8)["token_image"])
     if tokenizer.tokenize(images).unique().numel() == 1:
         raise launch.UserError(f"--tokenizer: {path} gives all patches of {len(images)} images one token; "
                                "use a tokenizer that distinguishes patches, or --target pixels")

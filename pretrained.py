@@ -1,4 +1,4 @@
-"""Start a model from a pre-trained checkpoint, --init: its sizes, its positions at another size, its head."""
+"""Initialise a model from a pre-trained checkpoint (--init): sizes, weights, positions, head."""
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import weights
 from launch import UserError, say
 from positions import TABLE, resize_positions
 
-SIZES = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps", "position", "layer_scale",
-         "pixel_mean", "pixel_std")    # fields of vit.ViTConfig that come from the checkpoint
+MODEL_FIELDS = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps", "position",
+                "layer_scale", "pixel_mean", "pixel_std")    # fields of vit.ViTConfig, given by the checkpoint
 
 
 class Checkpoint(NamedTuple):
@@ -29,8 +29,9 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
             args.image_size = 64 if args.preset == "demo" else 224
         return None
     if args.init is None:
-        args.init, script = f"{args.out}/model.pt", "this script without --eval"
-        if not evaluate:
+        if evaluate:
+            args.init, script = f"{args.out}/model.pt", "this script without --eval"
+        else:
             args.init = f"runs/pretrain-{Path(args.data).resolve().name}/model.pt"
             script = "pretrain.py with the same --data"
         if not Path(args.init).is_file():
@@ -44,7 +45,7 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
 
 
 def apply_checkpoint_sizes(args, path, info, *, copy_shared_table):
-    """Set the flags named in SIZES to the values of a checkpoint. path, info: its file, and its info.
+    """Set the flags named in MODEL_FIELDS to the values of a checkpoint. path, info: its file, and its info.
 
     A flag of the command line (args.given) that contradicts the checkpoint raises UserError. Where the
     checkpoint's value is only a guess, the flag is kept. args.image_size is set only if it is None.
@@ -52,8 +53,8 @@ def apply_checkpoint_sizes(args, path, info, *, copy_shared_table):
     block, as in the released code for fine-tuning.
     """
     config = info["config"]
-    sizes = {name: getattr(config, name) for name in SIZES}
-    given = {name: getattr(args, name) for name in SIZES if name in args.given}
+    sizes = {name: getattr(config, name) for name in MODEL_FIELDS}
+    given = {name: getattr(args, name) for name in MODEL_FIELDS if name in args.given}
     position = given.get("position")
     if position is None and copy_shared_table:
         position = "relative"
@@ -61,8 +62,9 @@ def apply_checkpoint_sizes(args, path, info, *, copy_shared_table):
         sizes["position"] = "relative"
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
-        # A layer_scale of 0 means none, which is never a guess: the names of the parameters show it.
-        if name in info["guessed"] and bool(value) == bool(sizes[name]):
+        # The value of layer_scale is a guess, but not whether there is one: the parameters show that.
+        contradicts = name == "layer_scale" and (value > 0) != (sizes[name] > 0)
+        if name in info["guessed"] and not contradicts:
             sizes[name] = value
         elif value != sizes[name]:
             raise UserError(f"--{name.replace('_', '-')}: {path} has {sizes[name]}, not {value}")
@@ -94,13 +96,14 @@ def initialise(model, path, state, info, classes=None):
     Raises UserError for any other difference. Returns the names of the parameters that are new.
     """
     source, target, initial = info["config"], model.config, model.state_dict()
-    for name in ("heads", "layer_norm_eps"):                           # not seen in the shapes
+    for name in ("heads", "layer_norm_eps"):                           # tensor shapes do not show these
         expected, found = getattr(target, name), getattr(source, name)
         if expected != found and name not in info["guessed"]:
             raise UserError(f"{path}: expected {name} {expected} as in the model, found {found}")
     with weights.file_errors(path, "expected weights that fit the model"):
         taken, converted = convert_positions(state, source, target, path)
         taken, converted_head = match_head(taken, info, initial, classes)
+        # Drop what this model does not need. Any other unknown name makes load_state_dict raise.
         taken = {name: tensor for name, tensor in taken.items()
                  if name in initial or not name.startswith(("mask_token", "norm.", "fc_norm."))}
         new = [name for name in initial if name not in taken]

@@ -37,7 +37,8 @@ def parse_args(argv=None):
         "pretrain.py wrote for the same --data)")
     add("--knn", action="store_true", help="k nearest neighbours in place of linear probes")
     add("--neighbours", type=launch.positive_int, default=20, help="--knn: how many neighbours vote")
-    add("--labels", type=launch.positive_int, help="train on this many images, equally many of each class")
+    add("--labels", type=launch.positive_int,
+        help="train on this many images, the same number from each class")
     add("--validate", type=launch.positive_int,
         help="hold out this many training images, and evaluate on them instead")
     add("--crop-scale", type=launch.number(float, 1e-6, 1), default=0.08,
@@ -63,20 +64,20 @@ def train(args, device):
     # Sets the sizes of the model in args. Only fine-tuning needs a table of position bias for each block.
     checkpoint = pretrained.open_checkpoint(args, copy_shared_table=False)
     config = dataclasses.replace(launch.config_from_flags(vit.ViTConfig, args), drop_path=0.0)
-    views, val_views, classes = open_views(args)
+    train_set, val_set, classes = open_datasets(args)
     torch.manual_seed(args.seed)
     model = LinearProbe(config, len(classes))
     pretrained.load_weights(model, checkpoint, classes)
     model.to(device)
-    run = Run(args, device, num_images=None if args.knn else len(views))
+    run = Run(args, device, num_images=None if args.knn else len(train_set))
     if run.finished:
         return
-    launch.say(f"{len(classes)} classes, {len(views)} training images, {len(val_views)} held out")
+    launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")
     if args.knn:
-        return find_neighbours(run, model, views, val_views, len(classes))
+        return evaluate_knn(run, model, train_set, val_set, len(classes))
     groups = [{"params": list(model.head.parameters()), "lr_scale": 1.0, "weight_decay": args.weight_decay}]
-    network = run.prepare(model, groups, evaluate=partial(evaluate, model, val_views, args, device))
-    for images, labels in run.batches(views):
+    network = run.prepare(model, groups, evaluate=partial(evaluate, model, val_set, args, device))
+    for images, labels in run.batches(train_set):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with run.autocast():
             logits = network(data.to_float(images))                    # (B, C, L, 2)
@@ -86,9 +87,9 @@ def train(args, device):
     run.draw("layers.png", draw, report, "linear probe")
 
 
-def open_views(args):
+def open_datasets(args):
     """(training, held-out) data.Labelled of --data, and the class names. k-NN takes centre crops of both."""
-    source, held_out, classes = data.open_parts(args)
+    source, held_out, classes = data.open_labelled_splits(args)
     transform = data.classification_transform(args.image_size, train=not args.knn, crop_scale=args.crop_scale,
                                               eval_crop=args.eval_crop)
     val_transform = data.classification_transform(args.image_size, train=False, eval_crop=args.eval_crop)
@@ -144,11 +145,11 @@ def pool(states):
 
 
 @torch.no_grad()
-def evaluate(model, views, args, device):
-    """Returns top1 and layer, counted from 1, of the best layer by its patches, and top1_by_layer."""
+def evaluate(model, dataset, args, device):
+    """The accuracies of all probes on the held-out images, as by_layer reports them."""
     model.eval()
     means = launch.Means()
-    for images, labels in data.val_loader(views, args, device, batch_size=64):
+    for images, labels in data.val_loader(dataset, args, device, batch_size=64):
         with launch.autocast(args.precision, device):
             logits = model(data.to_float(images.to(device)))           # (B, C, L, 2)
         correct = logits.argmax(dim=1) == labels.to(device)[:, None, None]
@@ -157,7 +158,11 @@ def evaluate(model, views, args, device):
 
 
 def by_layer(accuracy):
-    """The report of accuracies (L, 2): of the best layer by its patches, and of all."""
+    """Report accuracies (L, 2) of all layers: top1_by_layer, and the best layer.
+
+    That is the layer with the highest accuracy of its mean-of-patches feature: top1 is this accuracy, layer
+    its number, counted from 1.
+    """
     patches, cls = accuracy.t().tolist()
     return {"top1": max(patches), "layer": 1 + patches.index(max(patches)),
             "top1_by_layer": dict(zip(KINDS, (patches, cls)))}
@@ -173,18 +178,18 @@ def draw(report, title):
 # ---- Nearest neighbours ----
 
 @torch.no_grad()
-def find_neighbours(run, model, views, val_views, num_classes):
+def evaluate_knn(run, model, train_set, val_set, num_classes):
     """Measure the accuracy of weighted k nearest neighbours by the features of each layer.
 
     Each process keeps the features of its share of the training images. Writes result.json and layers.png.
     """
     args, device, config = run.args, run.device, model.config
     bytes_per_image = 2 * config.depth * len(KINDS) * config.dim       # in half precision
-    memory = (len(views) + len(val_views)) * bytes_per_image
-    launch.say(f"the features of {len(views)} training and {len(val_views)} held-out images take "
+    memory = (len(train_set) + len(val_set)) * bytes_per_image
+    launch.say(f"the features of {len(train_set)} training and {len(val_set)} held-out images take "
                f"{memory / 1e9:.2f} GB")
-    features, labels = extract(model, views, args, device)
-    parts = launch.all_gather(extract(model, val_views, args, device))
+    features, labels = extract(model, train_set, args, device)
+    parts = launch.all_gather(extract(model, val_set, args, device))
     val_features, val_labels = (torch.cat(tensors) for tensors in zip(*parts))
     accuracy = torch.zeros(config.depth, 2, dtype=torch.float64)
     for layer in range(config.depth):
@@ -197,11 +202,12 @@ def find_neighbours(run, model, views, val_views, num_classes):
     run.draw("layers.png", draw, report, f"{args.neighbours} nearest neighbours")
 
 
-def extract(model, views, args, device):
+def extract(model, dataset, args, device):
     """Features of norm 1 (n, L, 2, D) in half precision, and labels (n,), of this process's images."""
-    features, labels = [], []
+    features = [torch.empty(0, model.config.depth, 2, model.config.dim, dtype=torch.half)]
+    labels = [torch.empty(0, dtype=torch.int64)]                       # a process may have no images
     model.eval()
-    for images, targets in data.val_loader(views, args, device, batch_size=64):    # in order, each once
+    for images, targets in data.val_loader(dataset, args, device, batch_size=64):    # in order, each once
         with launch.autocast(args.precision, device):
             pooled = pool(model.hidden_states(data.to_float(images.to(device))))
         features.append(F.normalize(pooled.float(), dim=-1).half().cpu())
@@ -210,21 +216,22 @@ def extract(model, views, args, device):
 
 
 def knn_accuracy(features, labels, val_features, val_labels, num_classes, neighbours, temperature=0.07):
-    """Accuracy of votes by the most similar training images (cosine), weighted exp(similarity / temperature).
+    """Accuracy of votes by the most similar training images, weighted by exp(similarity / temperature).
 
     features (n, D) and labels (n,): this process's share; val_features (m, D), val_labels (m,): all of them.
-    Features have norm 1.
+    Features have norm 1; their similarity is the cosine.
     """
     def from_all_processes(tensor):
         return torch.cat([part.to(tensor.device) for part in launch.all_gather(tensor.cpu())], dim=1)
 
     correct = 0
     for queries, truth in zip(val_features.split(1024), val_labels.split(1024)):
-        similarity, nearest = (queries.float() @ features.float().t()).topk(min(neighbours, len(features)))
-        similarity, voters = from_all_processes(similarity), from_all_processes(labels[nearest])
-        similarity, nearest = similarity.topk(min(neighbours, similarity.shape[1]))    # (m, k)
+        similarity, index = (queries.float() @ features.float().t()).topk(min(neighbours, len(features)))
+        similarity = from_all_processes(similarity)                    # (m, candidates)
+        candidate_labels = from_all_processes(labels[index])
+        similarity, index = similarity.topk(min(neighbours, similarity.shape[1]))    # (m, k)
         votes = torch.zeros(len(queries), num_classes, device=queries.device)
-        votes.scatter_add_(1, voters.gather(1, nearest), (similarity / temperature).exp())
+        votes.scatter_add_(1, candidate_labels.gather(1, index), (similarity / temperature).exp())
         correct += (votes.argmax(dim=1) == truth).sum().item()
     return correct / len(val_labels)
 

@@ -1,9 +1,9 @@
-"""A training run: the update of a step, and the folder that holds the run.
+"""A training run: the training step, and the folder that holds the run.
 
     run = Run(args, device, num_images=len(source))             # opens the folder args.out
     network = run.prepare(model, groups, evaluate=...)          # optimizer, last checkpoint, processes
     for batch in run.batches(views):                            # of the remaining steps
-        loss = ...                                              # the method of the script
+        loss = ...                                              # the forward pass and loss of the script
         run.update(loss)                                        # backward, AdamW, evaluate, log, save
     run.finish(model, config)                                   # model.pt and result.json
 """
@@ -30,10 +30,10 @@ import data
 import launch
 from launch import UserError, format_metrics, make_parser, parse, rank, say, scalars, world_size
 
-__all__ = ["Run", "UserError", "make_parser", "parse"]    # the last three also as run.parse and so on
+__all__ = ["Run", "UserError", "make_parser", "parse"]    # from launch, so that run.parse works too
 
 
-# ---- The update of a step ----
+# ---- The training step ----
 
 def seed_step(seed, step):
     """Seed what the model draws (stochastic depth, Gumbel noise, mixup) by (seed, step, rank)."""
@@ -117,11 +117,10 @@ def count_steps(args, num_images):
 
 
 class StopSignal:
-    """SIGTERM and SIGINT end a run after the current step, in all processes, when last.pt is written.
-
+    """SIGTERM and SIGINT end a run after the current step, in all processes, once last.pt has been written.
     In order: a process receives the signal, and note_signal stores it. The next all-reduce tells all
     processes. At the end of that step, with last.pt written, exit_by_signal ends each process as the signal
-    would have. restore_handlers is for the time after the last step.
+    would have. After the last step, restore_handlers puts back the previous handlers.
     """
 
     def __init__(self):
@@ -156,8 +155,8 @@ MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root", "download")    #
 class Run:
     """A training run in the folder args.out: it is opened, continued, logged, saved and finished here.
 
-    The folder holds config.json, metrics.jsonl, last.pt to continue from, previous.pt before it, and at the
-    end model.pt and result.json. Rank 0 writes, all processes read.
+    The folder holds config.json, metrics.jsonl, last.pt to continue from, previous.pt, the checkpoint before
+    it, and at the end model.pt and result.json. Rank 0 writes, all processes read.
 
     num_images: the number of training images; None for an evaluation without training. Raises UserError if
     they do not fill a batch, or if the folder holds another configuration, is in use, or is not visible on
@@ -267,15 +266,15 @@ class Run:
         if not self.last_part:
             return
         means, stop_requested = self._all_reduce(self.sums / self.args.accumulate)
-        self.step_ended = time.perf_counter()
+        self.synced_at = time.perf_counter()
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"step {self.step + 1}: the loss is {means[0]}; the last checkpoint is "
                                      "kept; try a lower --lr, or --precision bf16 or fp32")
         grad_norm = self._step_optimizer()
         self.step += 1
         last = self.step == self.steps
-        evaluate = last or self.step % self.args.eval_every == 0 or (self.step == 1 and self.evaluate_first)
-        self.report = self.evaluate() if evaluate else {}
+        due = last or self.step % self.args.eval_every == 0 or (self.step == 1 and self.evaluate_first)
+        self.report = self.evaluate() if due else {}
         self._log(dict(zip(["loss", *scores], means)) | {"lr": self.lr, "grad_norm": grad_norm})
         if stop_requested or last or self.step % self.args.save_every == 0:
             self._save()
@@ -284,8 +283,9 @@ class Run:
 
     def _all_reduce(self, values):
         """Means of a vector over processes, as floats, and whether one of them received a signal to stop."""
-        received = values.new_full((1,), float(self.stop.received > 0))    # only here a step waits for a GPU
-        *means, received = launch.all_sum(torch.cat([values, received]) / world_size()).tolist()
+        received = values.new_full((1,), float(self.stop.received > 0))
+        means = launch.all_sum(torch.cat([values, received]) / world_size())
+        *means, received = means.tolist()                              # the only wait for the GPU in a step
         return means, received > 0
 
     def _step_optimizer(self):
@@ -306,13 +306,13 @@ class Run:
         if rank() > 0 or not (step % self.args.log_every == 0 or step == 1 or evaluated):
             return
         before, start = self.last_line
-        self.last_line = step, self.step_ended
+        self.last_line = step, self.synced_at
         if evaluated:                                                  # does not count as training time
             self.last_line = step, time.perf_counter()
         values = {name: float(value) for name, value in values.items()}
         values |= {f"{self.log_prefix}{name}": value for name, value in scalars(self.report).items()}
         images = (step - before) * self.args.batch_size
-        values["images_per_second"] = round(images / (self.step_ended - start), 1)
+        values["images_per_second"] = round(images / (self.synced_at - start), 1)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -328,7 +328,7 @@ class Run:
 
         The result is the report of the last evaluation. Returns it.
         """
-        report = self.report or self.evaluate()                        # empty if killed after the last step
+        report = self.report or self.evaluate()                        # resumed with no steps left
         if rank() == 0:
             kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
             write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))

@@ -49,7 +49,7 @@ def parse_args(argv=None):
     if args.scale[0] > args.scale[1]:
         parser.error(f"--scale: the smaller number comes first, got {args.scale[0]} {args.scale[1]}")
     if args.init == "none" and args.eval:
-        parser.error("--init none leaves nothing to evaluate; a model.pt would do")
+        parser.error("--init: there is nothing to evaluate with none; give a model.pt")
     return args
 
 
@@ -60,36 +60,36 @@ def train(args, device):
     is written, for data or a checkpoint that do not fit.
     """
     checkpoint = pretrained.open_checkpoint(args, evaluate=args.eval)    # sets the sizes of the model in args
-    views, val_views, classes = open_views(args)
+    train_set, val_set, classes = open_datasets(args)
     config = launch.config_from_flags(vit.ViTConfig, args)
     torch.manual_seed(args.seed)
     model = vit.SemanticSegmenter(config, len(classes), decoder_dim(args, checkpoint))
     model.checkpoint_blocks = args.checkpoint_blocks
     pretrained.load_weights(model, checkpoint, classes, need_head=args.eval)
     model.to(device)
-    evaluate_model = partial(evaluate, model, val_views, classes, args, device)
+    evaluate_model = partial(evaluate, model, val_set, classes, args, device)
     if args.eval:
-        launch.say(f"{len(val_views)} held-out images: {launch.format_metrics(evaluate_model())}")
+        launch.say(f"{len(val_set)} held-out images: {launch.format_metrics(evaluate_model())}")
         return
-    run = Run(args, device, num_images=len(views))
+    run = Run(args, device, num_images=len(train_set))
     if run.finished:
         return
-    launch.say(f"{len(classes)} classes, {len(views)} training images, {len(val_views)} held out")
+    launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     network = run.prepare(model, groups, evaluate=evaluate_model, schedule=warmup_linear)
-    for images, maps in run.batches(views):
+    for images, maps in run.batches(train_set):
         images, maps = images.to(device, non_blocking=True), maps.to(device, non_blocking=True)
         with run.autocast():
             logits = network(data.to_float(images))                    # (B, C, H, W)
         run.update(pixel_loss(logits, maps))
     report = run.finish(model, {"vit": dataclasses.asdict(config), "classes": classes})
     launch.say("IoU by class: " + launch.format_metrics(report["iou"]))
-    run.draw("segments.png", draw, model, val_views, classes, args, device)
+    run.draw("segments.png", draw, model, val_set, classes, args, device)
 
 
-def open_views(args):
+def open_datasets(args):
     """(training, held-out) data.Labelled with class maps, and the names of the classes. Raises UserError."""
-    source, held_out, classes = data.open_parts(args, maps=True)
+    source, held_out, classes = data.open_labelled_splits(args, maps=True)
     transform = data.segmentation_transform(args.image_size, train=True, scale=args.scale, jitter=args.jitter)
     val_transform = data.segmentation_transform(args.image_size, train=False)
     return (data.Labelled(source, transform, args.seed), data.Labelled(held_out, val_transform, args.seed),
@@ -120,14 +120,14 @@ def pixel_loss(logits, maps):
 
 
 @torch.no_grad()
-def evaluate(model, views, classes, args, device):
+def evaluate(model, dataset, classes, args, device):
     """Evaluate on all held-out images at their original sizes.
 
     Returns loss (nats, mean over pixels), mean_iou, pixel_accuracy, and iou by class.
     """
     model.eval()
     means, confusion = launch.Means(), 0
-    for images, maps in data.val_loader(views, args, device, batch_size=eval_batch_size(views)):
+    for images, maps in data.val_loader(dataset, args, device, batch_size=eval_batch_size(dataset)):
         images, maps = data.to_float(images.to(device)), maps.to(device)
         logits = predict(model, images, args, device)
         confusion += confusion_matrix(logits.argmax(1), maps, len(classes)).cpu()
@@ -139,9 +139,9 @@ def evaluate(model, views, classes, args, device):
             "iou": dict(zip(classes, iou.tolist()))}
 
 
-def eval_batch_size(views):
+def eval_batch_size(dataset):
     """The batch size of an evaluation: 1 if image sizes differ."""
-    source = getattr(views.source, "dataset", views.source)            # that of a Subset
+    source = getattr(dataset.source, "dataset", dataset.source)        # unwrap a torch Subset
     return 1 if isinstance(source, data.Segmentation) else 64
 
 
@@ -190,9 +190,9 @@ def window_starts(length, size):
 
 
 @torch.no_grad()
-def draw(model, views, classes, args, device):
+def draw(model, dataset, classes, args, device):
     """A figure of the predictions for the first 12 held-out images, each at its own size."""
-    images, maps = zip(*[views[0, index] for index in range(min(12, len(views)))])
+    images, maps = zip(*[dataset[0, index] for index in range(min(12, len(dataset)))])    # (epoch, index)
     images = [data.to_float(image) for image in images]
     predicted = [predict(model, image[None].to(device), args, device)[0].argmax(0).cpu() for image in images]
     return visualize.figure_segments(images, maps, predicted, classes)

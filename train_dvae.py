@@ -16,7 +16,8 @@ import visualize
 from dvae import DiscreteVAE
 from run import Run, cosine, count_steps, warmup_cosine
 
-# base is DALL-E's appendix A, without its augmentation; its ramps are 5,000, 150,000 and 1.2M of 3M steps.
+# base is DALL-E's appendix A, without its augmentation: the KL weight, the temperature and the learning rate
+# ramp over 5,000, 150,000 and 1.2M of 3M steps.
 # The others are ours; demo and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes
 # starts with all in use, a slow encoder (encoder_lr) does not move features away from them, and the KL term
 # pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
@@ -124,14 +125,14 @@ def train(args, device):
 
 
 def build_model(args, views, device):
-    """The DiscreteVAE to train, its codes initialised if --init-codes says so, and its parameter groups."""
+    """The DiscreteVAE to train, with --init-codes its codes initialised, and its parameter groups."""
     torch.manual_seed(args.seed)
     model = DiscreteVAE(args.vocab_size, args.hidden, args.groups, args.blocks_per_group)
     model.to(device, memory_format=torch.channels_last)
     if args.init_codes:
         patches_per_image = (args.image_size // model.downsample) ** 2
         num_images = math.ceil(2 * args.vocab_size / patches_per_image)    # enough for 2 V patches
-        images = data.some_samples(views, num_images)["token_image"]
+        images = data.sample_batch(views, num_images)["token_image"]
         model.initialise_codes(data.to_float(images.to(device)))
     groups = [{"params": list(part.parameters()), "weight_decay": args.weight_decay, "lr_scale": scale}
               for part, scale in ((model.encoder, args.encoder_lr), (model.decoder, 1.0))]
@@ -177,7 +178,7 @@ def evaluate(model, views, args, device):
 @torch.no_grad()
 def draw(model, views, temperature, device):
     """A figure of 12 held-out images, and their reconstructions from soft and from hard codes."""
-    images = data.to_float(data.some_samples(views, 12)["token_image"].to(device))
+    images = data.to_float(data.sample_batch(views, 12)["token_image"].to(device))
     soft, hard = model(images, temperature).images, model.decode(model.tokenize(images))
     return visualize.figure_reconstructions({"original": images, "soft codes": soft, "hard codes": hard})
 

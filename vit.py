@@ -225,7 +225,7 @@ class VisionTransformer(nn.Module):
         self.initialise_backbone()
 
     def initialise_backbone(self):
-        """Draw the initial weights of the class docstring. Called before a subclass adds its head."""
+        """Initialise the weights as described in the class docstring. A subclass then adds its head."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -267,7 +267,7 @@ class VisionTransformer(nn.Module):
         """Normalise, and project the patches: (B, 3, H, W) -> (B, N, D). ValueError for a wrong size."""
         expected = (3, *self.config.image_hw)
         if images.shape[1:] != expected:
-            raise ValueError(f"expected images (B, 3, H, W) with {expected}, got {tuple(images.shape)}")
+            raise ValueError("expected images (B, {}, {}, {}), got {}".format(*expected, tuple(images.shape)))
         return self.patch_embed((images - self.pixel_mean) / self.pixel_std)
 
     def add_cls_and_positions(self, patches):
@@ -366,9 +366,8 @@ class SemanticSegmenter(VisionTransformer):
     """Classifies each pixel: deconvolutions upsample the patches' norm(H_L) to pixels (sec. 2.6).
 
     The decoder has a level for each factor of 2 in the patch size: a transposed convolution that doubles the
-    resolution, GroupNorm and GELU. Its first level has decoder_dim channels, each next one half as many, but
-    at least 32. A 1x1 convolution classifies; logits are resized bilinearly to H x W. Decoder and head keep
-    PyTorch's initial weights.
+    resolution, GroupNorm and GELU. The first level has decoder_dim channels, each further one half as many,
+    but at least 32. A 1x1 convolution classifies. Logits are resized bilinearly. Initial weights: PyTorch's.
     """
 
     def __init__(self, config, num_classes, decoder_dim=256):

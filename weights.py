@@ -57,7 +57,7 @@ class StandIn:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):    # fails when called on the class, so that a pickle cannot change it
+    def __setstate__(self, state):    # an instance method, so that a pickle cannot call it on the class
         self.state = state
 
 
@@ -71,7 +71,7 @@ class RebuiltTensor(StandIn):
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Finds only what is ALLOWED, most of it as stand-ins. torch.load adds the storages of tensors."""
+    """Resolves only the names in ALLOWED, most of them to stand-ins. torch.load resolves tensor storages."""
     ALLOWED = re.compile(r"""collections\.(OrderedDict|defaultdict)
         | torch\._utils\._rebuild_(tensor|tensor_v2|parameter) | torch\.(Size|device|bool|b?float\d+|int\d+)
         | argparse\.Namespace | pathlib(\._local)?\.\w*Path | builtins\.(set|frozenset|list|dict|int|float)
@@ -83,7 +83,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         full_name = f"{module}.{name}".replace("__builtin__", "builtins")
         if not self.ALLOWED.fullmatch(full_name):
-            raise pickle.UnpicklingError(f"it asks for {full_name}, which weights do not need; not run")
+            raise pickle.UnpicklingError(f"refers to {full_name}, which no checkpoint needs; nothing was run")
         if module == "collections":
             return getattr(collections, name)
         return type(name, (RebuiltTensor if module == "torch._utils" else StandIn,), {})
@@ -100,12 +100,12 @@ def read_file(path):
     Nothing in the file is executed; foreign objects become stand-ins. Raises UserError.
     """
     path = Path(path)
-    with file_errors(path, "cut off, damaged or no file of weights"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                # the older format compares sources
+    with file_errors(path, "cut off, damaged or not a checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                # of classes whose source has changed
         if not path.exists():
             raise UserError(f"{path}: no such file")
         if path.is_dir() or path.suffix == ".json":
-            raise UserError(f"{path}: expected a file of weights, such as model.pt, model.safetensors or "
+            raise UserError(f"{path}: expected a file with weights, such as model.pt, model.safetensors or "
                             "pytorch_model.bin; save_pretrained(..., max_shard_size='100GB') joins shards")
         if path.suffix == ".safetensors":
             if safetensors is None:
@@ -146,7 +146,7 @@ def load_tokenizer(path):
         raise UserError(f"{path}: expected a tokenizer (model.pt of train_dvae.py, or DALL-E's encoder.pkl), "
                         f"found {kind}")
     with file_errors(path, "expected a tokenizer whose weights fit its config"), torch.device("meta"):
-        contents["config"].pop("in_channels", None)                    # of earlier editions
+        contents["config"].pop("in_channels", None)                    # written by earlier versions
         model = dvae.DiscreteVAE(**contents["config"])
         model.load_state_dict(contents["model"], assign=True)
     return model.eval().requires_grad_(False)
@@ -191,8 +191,8 @@ def read_dalle_module(path, kind):
 
 # ---- Backbones in ----
 
-# How names begin: ours, Hugging Face's in files and, where it differs, Hugging Face's in memory (transformers
-# 5). * is the number of a block. Models with a head put "beit." before the names of their BeitModel.
+# Prefixes of parameter names: ours, Hugging Face's in files and, where they differ, Hugging Face's in memory
+# (transformers 5). * is the number of a block. Models with a head put "beit." before those of the backbone.
 HUGGINGFACE = (
     ("cls_token", "embeddings.cls_token"),
     ("mask_token", "embeddings.mask_token"),
@@ -252,7 +252,7 @@ def load(path):
                     guessed=[], dropped=dropped)
         if source == "ours":
             fields = contents["config"]["vit"]
-            fields.pop("in_channels", None)                            # of earlier editions
+            fields.pop("in_channels", None)                            # written by earlier versions
             info |= dict(config=vit.ViTConfig(**fields), classes=contents["config"].get("classes"))
         else:
             fields = {}
@@ -300,6 +300,7 @@ def convert_names(state, source, kind, path):
             dropped.append(name)
         elif not name.endswith(("relative_position_index", "attn.k_bias")):
             converted[name] = tensor.float() if tensor.is_floating_point() else tensor
+    # Hugging Face has separate queries, keys and values, here q_weight, k_weight and v_weight: join them.
     for attn in [name.removesuffix("q_weight") for name in converted if name.endswith("attn.q_weight")]:
         converted[f"{attn}qkv.weight"] = torch.cat([converted.pop(f"{attn}{part}_weight") for part in "qkv"])
     return converted, dropped
@@ -386,7 +387,7 @@ def build(path):
                 model.norm = nn.Identity()
             if "fc_norm.weight" in state:
                 model.fc_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
-        if not hasattr(model, "mask_token"):                           # first-edition classifiers have one
+        if not hasattr(model, "mask_token"):                           # written by the first version
             state.pop("mask_token", None)
         model.load_state_dict(state)
     return model.eval(), info

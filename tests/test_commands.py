@@ -39,7 +39,7 @@ WRONG = {
         --drop-path 1 | --drop-path: must be from 0 to below 1, got 1.0
         --patch-size 7 | --patch-size: must be a divisor of image_size 64, got 7
         --heads 5 | --heads: must be a divisor of dim 128, got 5
-        --accumulate 3 | --batch-size: 32 does not divide into 1 processes x 3 parts; 33 would
+        --accumulate 3 | --batch-size: must be a multiple of 1 processes x 3 parts, such as 33, got 32
         --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images
         --mask-ratio 0 | --mask-ratio: must mask from 1 to 63 of 64 patches, got 0
         --mask-ratio 1 | --mask-ratio: must mask from 1 to 63 of 64 patches, got 1
@@ -54,7 +54,7 @@ WRONG = {
         --target pixels --tokenizer-preset demo | ...--tokenizer-preset ...: not used with --target pixels
         --tokenizer a.pt --tokenizer-steps 3 | ...--tokenizer-steps: not used with --tokenizer
         --tokenizer a.pt --tokenizer-preset base | --tokenizer-preset ...: not used with --tokenizer
-        --data gone | --data: gone is not a folder, nor shapes, fashion-mnist
+        --data gone | --data: gone is neither a folder nor one of shapes, fashion-mnist
         --data F/folder | --data: no images under F/folder
         --data F/images --preset demo | --batch-size: 32 is more than the 2 training images
         --data fashion-mnist --data-root gone | --data-root: gone has no FashionMNIST/raw
@@ -79,9 +79,9 @@ WRONG = {
         --preset intermediate-giant | argument --preset: invalid choice: 'intermediate-giant' ...cifar100
         --task probe | unrecognized arguments: --task probe
         --init '' | argument --init: must not be empty
-        --init F/folder | F/folder: expected a file of weights, such as model.pt
+        --init F/folder | F/folder: expected a file with weights, such as model.pt
         --init gone.pt | gone.pt: no such file
-        --init F/cut.pt | F/cut.pt: cut off, damaged or no file of weights
+        --init F/cut.pt | F/cut.pt: cut off, damaged or not a checkpoint
         --init F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
         --init F/pretrained.pt --patch-size 4 | --patch-size: F/pretrained.pt has 8, not 4
         --init F/pretrained.pt --position absolute | --position: F/pretrained.pt has ...relative, not absolute
@@ -89,7 +89,7 @@ WRONG = {
         --init F/pretrained.pt --eval | --eval: F/pretrained.pt has no head for this task and these classes
         --init F/classifier.pt --eval | --eval: F/classifier.pt has no head ...: disc, ...; it was ...for a, b
         --init F/pretrained.pt --out F/text | --out: ...F/text
-        --init none --eval | --init...none leaves nothing to evaluate
+        --init none --eval | --init: there is nothing to evaluate with none
         --init none --heads 5 | --heads: must be a divisor of dim 128, got 5
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
         --init none --layer-decay 0 | argument --layer-decay: must be from 1e-06 to 1, got 0
@@ -105,10 +105,10 @@ WRONG = {
         --labels 50 | unrecognized arguments: --labels 50
         --preset base-384 | argument --preset: invalid choice: 'base-384' ...intermediate
         --init F/classifier.pt --eval | --eval: F/classifier.pt has no head for this task and these classes
-        --init none --eval | --init...none leaves nothing to evaluate
+        --init none --eval | --init: there is nothing to evaluate with none
         --init none --scale 2 1 | --scale: the smaller number comes first, got 2.0 1.0
         --init none --scale 1 inf | argument --scale: must be at least 1e-12, got inf
-        --init none --data cifar10 | --data: cifar10 has no maps
+        --init none --data cifar10 | --data: cifar10 has no class maps
         --init none --data F/images | --data: F/images ...images/training
         --init none --batch-size 20000 | --batch-size: 20000 is more than the 10000 training images""",
     "probe": """
@@ -133,7 +133,7 @@ WRONG = {
         masks --out a.gif | --out: must be a file that ends in .png
         masks --out F/folder.png | --out: must be a file that ends in .png...got F/folder.png
         masks --out F/text/a.png | --out: F/text/a.png cannot be written (
-        masks --data gone | --data: gone is not a folder
+        masks --data gone | --data: gone is neither a folder
         masks --images gone.jpg | --images: gone.jpg cannot be read
         positions | --init: runs/pretrain-shapes/model.pt does not exist; `python pretrain.py` writes
         positions --init F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
@@ -160,8 +160,8 @@ WRONG = {
     "weights": """
         | the following arguments are required: file
         gone.pt | gone.pt: no such file
-        F/folder | F/folder: expected a file of weights, such as model.pt
-        F/web.pt | F/web.pt: cut off, damaged or no file of weights
+        F/folder | F/folder: expected a file with weights, such as model.pt
+        F/web.pt | F/web.pt: cut off, damaged or not a checkpoint
         F/tokenizer.pt | F/tokenizer.pt: expected a BEiT ...found DiscreteVAE
         F/segmenter.pt --to timm x | x: timm has no place for a segmenter's decoder; --to huggingface
         F/pretrained.pt --to onnx x | --to: must be huggingface or timm, got onnx
@@ -272,7 +272,7 @@ def test_a_script_that_runs_as_a_process(tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, error", [
-    *((script, "--batch-size 32", "--batch-size: 32 does not divide into 3 processes x 1 parts; 33 would")
+    *((script, "--batch-size 32", "--batch-size: must be a multiple of 3 processes x 1 parts, such as 33, got")
       for script in TRAINING),
     ("finetune", "--batch-size 33", "--init: runs/pretrain-shapes/model.pt does not exist; pretrain.py")])
 def test_the_first_of_three_processes_prints_the_error(script, flags, error, monkeypatch, capsys, tmp_path):

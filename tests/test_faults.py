@@ -362,14 +362,15 @@ def flip_bit(content):
 
 
 def enlarge_last_entry(content):
-    size = content.rindex(b"PK\1\2") + 20    # in the zip directory; reading beyond the end is an EOFError
-    return content[:size] + b"\xff\xff\xff\x00" + content[size + 4:]
+    """Set its sizes in the zip directory so that reading it raises EOFError(), which has no message."""
+    sizes = content.rindex(b"PK\1\2") + 20
+    return content[:sizes] + 2 * b"\xff\xff\xff\x00" + content[sizes + 8:]
 
 
 DAMAGE = {"truncated": lambda content: content[:len(content) // 3],
           "zeroed": lambda content: bytes(len(content)),
           "bit-flipped": flip_bit,
-          "with a wrong size in its directory": enlarge_last_entry}
+          "with a wrong size in its zip directory": enlarge_last_entry}
 
 
 def damage(path, kind):

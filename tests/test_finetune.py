@@ -37,7 +37,7 @@ def evaluated(finetuned):
     """(model, held-out views, classes, args) of that run."""
     args = small_args(finetune, finetuned[0], "--eval")
     open_checkpoint(args, evaluate=True)
-    _, views, classes = finetune.open_views(args)
+    _, views, classes = finetune.open_datasets(args)
     return weights.build(finetuned[0] / "model.pt")[0], views, classes, args
 
 
@@ -216,7 +216,7 @@ def test_presets_are_the_papers(pretrained, flags, expected):
 @pytest.mark.parametrize("flags, images, held_out", [("", 120, 24), ("--validate 30 --labels 20", 20, 30)])
 def test_only_training_images_are_augmented(tmp_path, flags, images, held_out):
     args = small_args(finetune, tmp_path, "--image-size", 32, *flags.split())
-    views, val_views, _ = finetune.open_views(args)
+    views, val_views, _ = finetune.open_datasets(args)
     assert (len(views), len(val_views)) == (images, held_out)
     assert not torch.equal(views[0, 1][0], views[1, 1][0])
     assert torch.equal(val_views[0, 1][0], val_views[1, 1][0])
@@ -228,8 +228,8 @@ def test_a_single_class_that_remains_is_refused(tmp_path):
         for i in range(images):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
     args = small_args(finetune, tmp_path / "out", "--data", tmp_path, "--validate", 39, "--image-size", 32)
-    with pytest.raises(UserError, match="^--data: 1 classes occur in the training labels"):
-        finetune.open_views(args)
+    with pytest.raises(UserError, match="^--data: the training labels have 1 of the classes"):
+        finetune.open_datasets(args)
 
 
 def test_names_of_any_bytes_and_a_figure_that_fails(pretrained, tmp_path):
@@ -263,25 +263,25 @@ class Numbers(list):
 NUMBERS = Numbers(enumerate(Numbers.targets))
 
 
-def few_labels(count, seed=0, source=NUMBERS):
-    return data.few_labels(source, count, "abcd", seed)
+def balanced_subset(count, seed=0, source=NUMBERS):
+    return data.balanced_subset(source, count, "abcd", seed)
 
 
 def test_split_off_samples_are_not_trained_on():
     training, held_out = data.split_off(NUMBERS, 9)
     assert sorted(training.indices + held_out.indices) == list(range(39)) and len(held_out) == 9
     assert held_out.indices == data.split_off(NUMBERS, 9)[1].indices
-    labels = data.labels_of(few_labels(8, source=training))            # of a Subset of a Subset
+    labels = data.labels_of(balanced_subset(8, source=training))            # of a Subset of a Subset
     assert np.bincount(labels).tolist() == [2, 2, 2, 2]
 
 
-def test_few_labels_are_balanced_and_seeded():
-    few = few_labels(12)
+def test_balanced_subset_are_balanced_and_seeded():
+    few = balanced_subset(12)
     labels = data.labels_of(few)
     assert np.bincount(labels).tolist() == [3, 3, 3, 3] and len(set(few.indices)) == 12
     assert [label for _, label in few] == labels.tolist()
-    assert few.indices == few_labels(12).indices != few_labels(12, seed=1).indices
-    assert sorted(np.bincount(data.labels_of(few_labels(14)))) == [3, 3, 4, 4]
-    with pytest.raises(UserError, match="^--labels: 39 are 10 of class d, which has 9"):
+    assert few.indices == balanced_subset(12).indices != balanced_subset(12, seed=1).indices
+    assert sorted(np.bincount(data.labels_of(balanced_subset(14)))) == [3, 3, 4, 4]
+    with pytest.raises(UserError, match="^--labels: 39 images need 10 of class d, which has 9"):
         for seed in range(20):
-            few_labels(39, seed)
+            balanced_subset(39, seed)

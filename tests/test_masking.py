@@ -63,10 +63,10 @@ def test_as_printed_overshoots_by_less_than_a_block():
     ((14, 14), 75, {"min_block": 0}), ((14, 14), 75, {"min_block": 197}),
     ((14, 14), 75, {"min_aspect": 0}), ((14, 14), 75, {"min_aspect": 1.1})])
 def test_impossible_requests_are_refused(grid, num_masked, options):
-    with pytest.raises(ValueError, match="^num_masked: |^min_block: .*, min_aspect: "):
+    with pytest.raises(ValueError, match="^num_masked must be |^min_block must be .* and min_aspect "):
         blockwise_mask(grid, num_masked, rng(), **options)
     if not options:
-        with pytest.raises(ValueError, match="^num_masked: "):
+        with pytest.raises(ValueError, match="^num_masked must be "):
             random_mask(grid, num_masked, rng())
 
 

@@ -85,7 +85,7 @@ def test_baseline_of_pixels_by_hand():
     model, images = small_model(3 * 8 * 8), torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     torch.nn.init.zeros_(model.lm_head.weight)
     mask = torch.ones(3, 4, 4, dtype=torch.bool)
-    mask[2].view(-1)[3:] = False                                      # the second batch predicts 3 patches
+    mask[2].view(-1)[3:] = False                                       # the second batch predicts 3 patches
     views = {(0, index): {"image": images[index], "mask": mask[index]} for index in range(3)}
     report = pretrain.evaluate(model, None, views, parse(*SMALL, "--batch-size", 2), CPU)
     pixels = model.patch_pixels(images / 255)[mask]
@@ -121,7 +121,7 @@ def spy(owner, name):
     ("--position shared_relative --layer-scale 0.1 --drop-path 0.2 --checkpoint-blocks", 25),
     ("--mask-ratio 0.6", 38)])
 def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked, capsys):
-    """masked: the number of masked patches in each image; None for 26 and more."""
+    """masked: the number of masked patches in each image; None: it varies from 26 on."""
     tokenizer = None if "pixels" in flags else tokenizer
     with (spy(vit.MaskedImageModel, "forward") as forward, spy(dvae.DiscreteVAE, "tokenize") as tokenize,
           spy(pretrain, "loss_and_accuracy") as loss, spy(vit, "checkpoint") as checkpoint):
@@ -144,7 +144,7 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked, cap
     if tokenizer:
         expected |= {"accuracy", "val_accuracy", "chance_loss", "unigram_entropy", "majority_accuracy"}
         assert abs(lines[0]["loss"] - math.log(64)) < 0.5
-        _, token_images, tokenized = tokenize.call_args_list[1].args       # the first is check_tokens
+        _, token_images, tokenized = tokenize.call_args_list[1].args       # the first is load_tokenizer's
         assert torch.equal(tokenized, places)                              # no more than is predicted
         tokens = weights.load_tokenizer(tokenizer).tokenize(token_images)
         assert tokens.shape == (12, 8, 8) and torch.equal(targets, tokens[predicted])
@@ -155,19 +155,14 @@ def test_each_ablation_does_what_it_says(tokenizer, tmp_path, flags, masked, cap
     assert checkpoint.called == ("--checkpoint-blocks" in flags)
 
 
-def test_a_mask_that_is_added_to_masks_is_a_value_of_masking(tokenizer, tmp_path, monkeypatch):
+def test_a_way_to_mask_that_is_added_to_masks_can_be_chosen(tokenizer, tmp_path, monkeypatch):
     upper_rows = np.arange(16).reshape(4, 4) < 8
     monkeypatch.setitem(masking.MASKS, "upper", lambda grid, num_masked, rng: upper_rows)
     with spy(vit.MaskedImageModel, "forward") as forward:
         train(tokenizer, tmp_path, "--masking", "upper", "--steps", 1)
-    assert all(torch.equal(mask, torch.tensor(upper_rows).expand_as(mask))
-               for _, _, mask, _ in (call.args for call in forward.call_args_list))
-
-
-@pytest.mark.parametrize("ratio, grid, number", [
-    (0.29, (10, 10), 29), (0.57, (10, 10), 57), (0.58, (10, 10), 58), (0.4, (14, 14), 78)])
-def test_number_to_mask_is_not_lowered_by_rounding_errors(ratio, grid, number):
-    assert masking.number_to_mask(ratio, grid) == number
+    for call in forward.call_args_list:
+        _, _, mask, _ = call.args
+        assert torch.equal(mask, torch.tensor(upper_rows).expand_as(mask))
 
 
 def test_files_of_a_run(tmp_path):
@@ -184,16 +179,15 @@ def test_files_of_a_run(tmp_path):
 
 
 def test_the_printed_command_trains_the_same_tokenizer(tmp_path, capsys):
-    """Bit for bit, as its noise is seeded; with flags that pretrain.py passes on, and a path to be quoted."""
+    """Bit for bit, with flags that pretrain.py passes on, and a path that must be quoted."""
     out = tmp_path / "a run"
     flags = ["--steps", 2, "--tokenizer-preset", "demo", "--tokenizer-steps", 4, "--seed", 3]
     train(None, out, *flags, "--data", "shapes", "--preset", "demo")
     command, = re.findall("^python train_dvae.py (.*)", capsys.readouterr().out, flags=re.M)
     (out / "tokenizer").rename(out / "first")
     train_dvae.train(train_dvae.parse_args(shlex.split(command)), CPU)
-    first, second = ([log(folder), torch.load(folder / "model.pt")["model"]]
-                     for folder in (out / "first", out / "tokenizer"))
-    assert first[0] == second[0] and equal(first[1], second[1])
+    states = [torch.load(out / name / "model.pt")["model"] for name in ("first", "tokenizer")]
+    assert equal(*states) and log(out / "first") == log(out / "tokenizer")
     assert json.loads((out / "first/config.json").read_text())["seed"] == 3
 
 
@@ -253,7 +247,7 @@ def test_a_finished_run_says_so(tokenizer, tmp_path, capsys):
 
 @pytest.mark.long
 def test_compiled_runs_log_the_losses_of_eager_ones_and_compile_once(tokenizer, tmp_path):
-    """The compiler itself, model and tokenizer; after the first step nothing is compiled again."""
+    """Model and tokenizer are really compiled, and after the first step nothing is compiled again."""
     torch.compiler.reset()
     compilations = torch._dynamo.utils.counters
     compilations.clear()
@@ -286,7 +280,7 @@ def test_two_processes_equal_one(tokenizer, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_do_the_whole_job(tmp_path):
-    """The tokenizer takes the same first step, later noise differs: it is drawn by rank."""
+    """The tokenizer's first step is the same; later its noise, which each rank draws, differs."""
     finished(start(tmp_path / "two", "--steps", "4", processes=2))
     train(None, tmp_path / "one", "--steps", "4")
     one, two = (log(tmp_path / name / "tokenizer") for name in ("one", "two"))
@@ -297,7 +291,7 @@ def test_two_processes_do_the_whole_job(tmp_path):
 
 
 def test_a_tokenizer_with_one_token_is_refused(tokenizer, tmp_path):
-    """Before the first step: else the loss becomes 0 and the accuracy 1."""
+    """Before the first step: otherwise the loss becomes 0 and the accuracy 1."""
     model = weights.load_tokenizer(tokenizer)
     model.encoder.blocks.output.conv.b.data[7] += 1000
     path = tmp_path / "collapsed.pt"
@@ -306,5 +300,6 @@ def test_a_tokenizer_with_one_token_is_refused(tokenizer, tmp_path):
         train(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with mock.patch.object(data.Shapes, "__getitem__", side_effect=folders.BadFile("a.png cannot be read")):
-        with pytest.raises(OSError, match="^--data: a.png cannot be read"):    # nor is it --out's fault
+        # not the tokenizer's fault
+        with pytest.raises(OSError, match="^--data: 16 images in a row .*: a.png cannot be read"):
             train(path, tmp_path / "out")

@@ -48,7 +48,7 @@ def views(probed):
     """(training, held-out) views of the k-NN run, and its args."""
     out, flags, _ = probed["knn"]
     args = small_args(probe, out, *flags, "--image-size", 32)
-    return *probe.open_views(args)[:2], args
+    return *probe.open_datasets(args)[:2], args
 
 
 # ---- Runs ----
@@ -142,7 +142,7 @@ def test_evaluation_counts_each_image_once(model, views, monkeypatch):
 @pytest.mark.parametrize("flags, images, held_out, augmented", [
     ("", 120, 24, True), ("--knn", 120, 24, False), ("--validate 30 --labels 20", 20, 30, True)])
 def test_only_training_images_of_probes_are_augmented(tmp_path, flags, images, held_out, augmented):
-    views, val_views, _ = probe.open_views(small_args(probe, tmp_path, "--image-size", 32, *flags.split()))
+    views, val_views, _ = probe.open_datasets(small_args(probe, tmp_path, "--image-size", 32, *flags.split()))
     assert (len(views), len(val_views)) == (images, held_out)
     assert torch.equal(views[0, 1][0], views[1, 1][0]) != augmented
     assert torch.equal(val_views[0, 1][0], val_views[1, 1][0])

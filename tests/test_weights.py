@@ -122,7 +122,7 @@ def test_a_payload_does_not_run(tmp_path, load):
     files = [save({"model": payload}, path, zipped).read_bytes() for zipped in (True, False)]
     for content in files + [pickle.dumps(payload, protocol) for protocol in (0, 2, 4, 5)]:
         path.write_bytes(content)
-        with pytest.raises(UserError, match="encoder.pkl: .* asks for (posix|nt).system.* not run"):
+        with pytest.raises(UserError, match="encoder.pkl: .* refers to (posix|nt).system.* nothing was run"):
             load(path)
     assert not ran.exists()
     pickle.loads(content)                                              # and it would have run
@@ -133,7 +133,7 @@ def test_a_payload_does_not_run(tmp_path, load):
 @pytest.mark.parametrize("wanted", [eval, getattr, pickle.loads, torch.load, torch.nn.Linear, np.load,
                                     torch.storage._load_from_bytes])
 def test_nothing_else_is_found(tmp_path, zipped, wanted):
-    with pytest.raises(UserError, match=f"asks for .*{wanted.__name__}"):
+    with pytest.raises(UserError, match=f"refers to .*{wanted.__name__}"):
         weights.read_file(save([torch.zeros(3), wanted], tmp_path / "x.pt", zipped))
 
 
@@ -165,15 +165,15 @@ def test_damaged_files_and_other_files(tmp_path, monkeypatch):
         archive.writestr("x/constants.pkl", "of TorchScript")
     for content in (b"", b"<html>not found</html>", b"hello", pickle.dumps([1]), path.read_bytes(), *cuts):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"x.pt: cut off, damaged or no file of weights \(\w+: .*\)$"):
+        with pytest.raises(UserError, match=r"x.pt: cut off, damaged or not a checkpoint \(\w+: .*\)$"):
             weights.load(path)
     at = whole.index(state["cls_token"].numpy().tobytes())
     path.write_bytes(whole[:at] + b"\0" + whole[at + 1:])
     with pytest.raises(UserError, match="x.pt: damaged, .*data/.* fails its checksum"):
         weights.load(path)
     monkeypatch.setattr(weights, "safetensors", None)
-    for name, message in (("", "expected a file of weights, .* model.safetensors or pytorch_model.bin"),
-                          ("model.safetensors.index.json", "expected a file of weights, .*joins shards"),
+    for name, message in (("", "expected a file with weights, .* model.safetensors or pytorch_model.bin"),
+                          ("model.safetensors.index.json", "expected a file with weights, .*joins shards"),
                           ("y.safetensors", "safetensors is not installed"),
                           ("gone.pt", "no such file")):
         if name != "gone.pt":
