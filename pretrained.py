@@ -8,7 +8,7 @@ from launch import UserError, say
 from positions import TABLE, resize_positions
 
 MODEL_FIELDS = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "layer_norm_eps", "position",
-                "layer_scale", "pixel_mean", "pixel_std")    # fields of vit.ViTConfig, given by the checkpoint
+                "layer_scale", "pixel_mean", "pixel_std")    # fields of vit.ViTConfig, from the checkpoint
 
 
 class Checkpoint(NamedTuple):

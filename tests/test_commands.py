@@ -272,7 +272,7 @@ def test_a_script_that_runs_as_a_process(tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, error", [
-    *((script, "--batch-size 32", "--batch-size: must be a multiple of 3 processes x 1 parts, such as 33, got")
+    *((script, "--batch-size 32", "--batch-size: must be a multiple of 3 processes x 1 parts, such as 33")
       for script in TRAINING),
     ("finetune", "--batch-size 33", "--init: runs/pretrain-shapes/model.pt does not exist; pretrain.py")])
 def test_the_first_of_three_processes_prints_the_error(script, flags, error, monkeypatch, capsys, tmp_path):
