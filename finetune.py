@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 import data
 import launch
+import plots
 import pretrained
-import visualize
 import vit
 from run import Run, parameter_groups
 
@@ -153,7 +153,7 @@ def draw(model, dataset, classes, args, device):
     images = data.to_float(torch.stack(images))
     with launch.autocast(args.precision, device):
         probabilities = model(images.to(device)).float().softmax(dim=1).cpu()
-    return visualize.figure_classes(images, labels, probabilities, classes)
+    return plots.figure_classes(images, labels, probabilities, classes)
 
 
 def main():

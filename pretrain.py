@@ -19,8 +19,8 @@ from torch.utils.data import default_collate
 
 import data
 import launch
+import plots
 import train_dvae
-import visualize
 import vit
 import weights
 from masking import MASKS, number_to_mask
@@ -122,7 +122,7 @@ def train(args, device):
         run.update(loss, accuracy=accuracy)
     run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
     images, token_images, mask, _ = to_device(data.sample_batch(val_views, 12, collate_views), device)
-    run.draw("predictions.png", visualize.draw_predictions, model, tokenizer, images, token_images, mask)
+    run.draw("predictions.png", plots.draw_predictions, model, tokenizer, images, token_images, mask)
 
 
 def targets_at(places, images, token_images, model, tokenizer):

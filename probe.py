@@ -14,8 +14,8 @@ from torch import nn
 
 import data
 import launch
+import plots
 import pretrained
-import visualize
 import vit
 from run import Run
 
@@ -171,7 +171,7 @@ def by_layer(accuracy):
 def draw(report, title):
     """A figure of the accuracy by layer."""
     patches, cls = (report["top1_by_layer"][kind] for kind in KINDS)
-    return visualize.figure_by_layer({title: {"mean of patches": patches, "[S]": cls}},
+    return plots.figure_by_layer({title: {"mean of patches": patches, "[S]": cls}},
                                      "accuracy on held-out images")
 
 

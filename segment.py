@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import data
 import launch
+import plots
 import pretrained
-import visualize
 import vit
 from run import Run, parameter_groups
 
@@ -195,7 +195,7 @@ def draw(model, dataset, classes, args, device):
     images, maps = zip(*[dataset[0, index] for index in range(min(12, len(dataset)))])    # (epoch, index)
     images = [data.to_float(image) for image in images]
     predicted = [predict(model, image[None].to(device), args, device)[0].argmax(0).cpu() for image in images]
-    return visualize.figure_segments(images, maps, predicted, classes)
+    return plots.figure_segments(images, maps, predicted, classes)
 
 
 def main():

@@ -12,7 +12,7 @@ import torch
 
 import data
 import launch
-import visualize
+import plots
 from dvae import DiscreteVAE
 from run import Run, cosine, count_steps, warmup_cosine
 
@@ -180,7 +180,7 @@ def draw(model, views, temperature, device):
     """A figure of 12 held-out images, and their reconstructions from soft and from hard codes."""
     images = data.to_float(data.sample_batch(views, 12)["token_image"].to(device))
     soft, hard = model(images, temperature).images, model.decode(model.tokenize(images))
-    return visualize.figure_reconstructions({"original": images, "soft codes": soft, "hard codes": hard})
+    return plots.figure_reconstructions({"original": images, "soft codes": soft, "hard codes": hard})
 
 
 def main():

@@ -138,7 +138,7 @@ def test_evaluation_counts_each_image_once(evaluated, monkeypatch):
 
 def test_the_figure_shows_what_the_model_predicts(evaluated):
     model, views, classes, args = evaluated
-    with mock.patch.object(finetune.visualize, "figure_classes") as figure:
+    with mock.patch.object(finetune.plots, "figure_classes") as figure:
         finetune.draw(model, views, classes, args, CPU)
     images, labels, probabilities, names = figure.call_args.args
     torch.testing.assert_close(probabilities, model(images).softmax(-1).detach())
@@ -247,7 +247,7 @@ def test_names_of_any_bytes_and_a_figure_that_fails(pretrained, tmp_path):
     assert not errors and "warning" not in printed and (tmp_path / "a" / "predictions.png").exists()
     classes = torch.load(tmp_path / "a" / "model.pt")["config"]["classes"]
     assert sorted(classes) == sorted(["Ba$$in", "over_$10", r"_caf\xe9", "\u5c71", r"a\$b"])
-    fails = "import visualize\nvisualize.figure_classes = lambda *args: {}['no figure']"
+    fails = "import plots\nplots.figure_classes = lambda *args: {}['no figure']"
     printed, errors = finished(start(tmp_path / "b", *flags, script="finetune", hurt=f"{strict}\n{fails}"))
     assert not errors and "warning: predictions.png could not be drawn (KeyError: 'no figure')" in printed
     assert result(tmp_path / "a") == result(tmp_path / "b")

@@ -109,7 +109,7 @@ def test_evaluation_counts_each_pixel_once(evaluated, monkeypatch):
 
 def test_the_figure_shows_what_the_model_predicts(evaluated):
     model, views, classes, args = evaluated
-    with mock.patch.object(segment.visualize, "figure_segments") as figure:
+    with mock.patch.object(segment.plots, "figure_segments") as figure:
         segment.draw(model, views, classes, args, CPU)
     images, maps, predicted, _ = figure.call_args.args
     expected = segment.predict(model, torch.stack(images), args, CPU).argmax(1)

@@ -95,7 +95,7 @@ def test_files_of_a_run(finished_run):
 
 def test_the_picture_shows_images_with_soft_and_hard_codes(finished_run, monkeypatch):
     rows = {}
-    monkeypatch.setattr(train_dvae.visualize, "figure_reconstructions", rows.update)
+    monkeypatch.setattr(train_dvae.plots, "figure_reconstructions", rows.update)
     model = weights.load_tokenizer(finished_run / "model.pt")
     _, held_out = data.open_splits("shapes", "")
     views = data.Views(held_out, None, 16, train=False)

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import dvae
 import masking
+import plots
 import visualize
 import vit
 from folders import IGNORE
@@ -64,18 +65,18 @@ def draw_figures():
     image, tokens = images[0], torch.arange(32).view(2, 4, 4)
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     return {
-        "masks": lambda: visualize.figure_masks(images, {"random": mask.numpy()}, {"random": np.eye(4)}),
-        "tokens": lambda: visualize.figure_tokens(images, tokens, images, images / 2),
-        "reconstructions": lambda: visualize.figure_reconstructions({"original": images}),
-        "predictions": lambda: visualize.figure_predictions({"original": images}, mask, mask),
-        "attention": lambda: visualize.figure_attention(image, torch.rand(2, 17, 17), [(1, 2)], (4, 4)),
-        "by layer": lambda: visualize.figure_by_layer({"probe": {"a": [0.1, 0.2]}}, "accuracy"),
-        "embeddings": lambda: visualize.figure_position_embeddings(torch.rand(4, 8), (2, 2)),
-        "biases": lambda: visualize.figure_position_biases(torch.rand(1, 52, 2), (4, 4)),
-        "curves": lambda: visualize.figure_curves({"run": log}),
-        "classes": lambda: visualize.figure_classes(images, [0, 1], torch.eye(2), ["$a$", "$b$"]),
-        "segments": lambda: visualize.figure_segments(images, mask.long(), tokens // 16, ["a", "b"]),
-        "pipeline": lambda: visualize.figure_pipeline(image, mask[0], *tokens, image, image)}
+        "masks": lambda: plots.figure_masks(images, {"random": mask.numpy()}, {"random": np.eye(4)}),
+        "tokens": lambda: plots.figure_tokens(images, tokens, images, images / 2),
+        "reconstructions": lambda: plots.figure_reconstructions({"original": images}),
+        "predictions": lambda: plots.figure_predictions({"original": images}, mask, mask),
+        "attention": lambda: plots.figure_attention(image, torch.rand(2, 17, 17), [(1, 2)], (4, 4)),
+        "by layer": lambda: plots.figure_by_layer({"probe": {"a": [0.1, 0.2]}}, "accuracy"),
+        "embeddings": lambda: plots.figure_position_embeddings(torch.rand(4, 8), (2, 2)),
+        "biases": lambda: plots.figure_position_biases(torch.rand(1, 52, 2), (4, 4)),
+        "curves": lambda: plots.figure_curves({"run": log}),
+        "classes": lambda: plots.figure_classes(images, [0, 1], torch.eye(2), ["$a$", "$b$"]),
+        "segments": lambda: plots.figure_segments(images, mask.long(), tokens // 16, ["a", "b"]),
+        "pipeline": lambda: plots.figure_pipeline(image, mask[0], *tokens, image, image)}
 
 
 @pytest.mark.parametrize("name", draw_figures())
@@ -100,10 +101,10 @@ def test_settings_of_the_user_change_no_figure(name):
 def test_draws_without_a_display_whatever_the_backend_of_the_notebook(tmp_path, backend):
     """It may not be installed here. If it is, it remains that of pyplot."""
     program = f"""if True:
-        import os, torch, visualize
-        visualize.figure_reconstructions({{"a": torch.rand(1, 3, 8, 8)}}).savefig("a.png")
+        import os, torch, plots
+        plots.figure_reconstructions({{"a": torch.rand(1, 3, 8, 8)}}).savefig("a.png")
         assert os.environ["MPLBACKEND"] == "{backend}"
-        assert (visualize.matplotlib.get_backend() == "svg") == ("{backend}" == "svg")"""
+        assert (plots.matplotlib.get_backend() == "svg") == ("{backend}" == "svg")"""
     env = {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": matplotlib.get_cachedir(), "MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True)
     assert np.array(Image.open(tmp_path / "a.png"))[..., :3].std() > 5
@@ -113,15 +114,15 @@ def test_draws_without_a_display_whatever_the_backend_of_the_notebook(tmp_path, 
 def test_entries_of_legends_differ(count):
     labels = [f"run {i}" for i in range(count)]
     panels = {"half": {label: [1, 2] for label in labels[::2]}, "all": {label: [1, 2] for label in labels}}
-    for figure in (visualize.figure_by_layer(panels, "ratio"),
-                   visualize.figure_curves({label: [{"step": 1, "loss": 1.0}] for label in labels})):
+    for figure in (plots.figure_by_layer(panels, "ratio"),
+                   plots.figure_curves({label: [{"step": 1, "loss": 1.0}] for label in labels})):
         assert sorted(legend_texts(figure.legends[0])) == sorted(labels)
         colours = [matplotlib.colors.to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
         assert len(set(colours)) == count
 
 
 def test_classes_have_different_colours():
-    palette = visualize.class_colours()
+    palette = plots.class_colours()
     assert len(np.unique(palette.round(2), axis=0)) == 256
     assert (palette[0] == 0).all() and (palette[IGNORE] == 1).all()
 
@@ -132,7 +133,7 @@ def test_masks_figure():
     images, cells = torch.rand(2, 3, 32, 48) * 0.3, np.zeros((2, 4, 6), bool)
     cells[0, 1, 2] = cells[0, 3, 0] = cells[1, 2, 2] = True
     coverage = {"blockwise": np.arange(24).reshape(4, 6) / 23, "random": np.ones((4, 6))}
-    figure = visualize.figure_masks(images, {"blockwise": cells, "random": cells}, coverage)
+    figure = plots.figure_masks(images, {"blockwise": cells, "random": cells}, coverage)
     grey = (shown(figure.axes[0]) == 0.5).all(0)
     assert torch.equal(grey, torch.from_numpy(cells[0]).repeat_interleave(8, 0).repeat_interleave(8, 1))
     assert figure.axes[0].get_ylabel() == "blockwise\n2 of 24"
@@ -143,7 +144,7 @@ def test_masks_figure():
 def test_tokens_figure_shows_the_most_frequent_codes_and_their_patches():
     images = torch.zeros(1, 3, 4, 4)
     images[0, :, :2, :2] = images[0, :, 2:, 2:] = 0.9
-    figure = visualize.figure_tokens(images, torch.tensor([[[5, 2], [8000, 5]]]), images, images / 2)
+    figure = plots.figure_tokens(images, torch.tensor([[[5, 2], [8000, 5]]]), images, images / 2)
     *pictures, first, second, third = figure.axes
     assert first.get_title() == "5: 50.0%" and not third.images
     assert all((shown(axis) == 0.9).all() for axis in (first, second))
@@ -158,7 +159,7 @@ def test_predictions_are_the_models_at_masked_patches_and_the_truth_elsewhere():
     tokenizer, model, images, token_images = small_tokenizer(), small_model(), scenes(3, 32), scenes(3, 16)
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(np.stack([masking.blockwise_mask((4, 4), 6, rng) for _ in range(3)]))
-    pictures, correct = visualize.predictions(model, images, mask, tokenizer, token_images)
+    pictures, correct = plots.predictions(model, images, mask, tokenizer, token_images)
     true_tokens = tokenizer.tokenize(token_images)
     tokens = true_tokens.clone()
     tokens[mask] = model(images, mask).argmax(-1)
@@ -167,7 +168,7 @@ def test_predictions_are_the_models_at_masked_patches_and_the_truth_elsewhere():
     assert torch.equal(correct, tokens == true_tokens)
     correct = mask.clone()
     correct[0, ~mask[0]] = True                                        # not masked, and so not outlined
-    axes = visualize.figure_predictions(pictures, mask, correct).axes
+    axes = plots.figure_predictions(pictures, mask, correct).axes
     for i, axis in enumerate((axes[3], axes[11], axes[7])):            # two images a row, four pictures each
         torch.testing.assert_close(shown(axis), pictures["prediction"][i])
         cells = [(int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4) for patch in axis.patches]
@@ -178,29 +179,29 @@ def test_predictions_are_the_models_at_masked_patches_and_the_truth_elsewhere():
 def test_predictions_without_masks_without_decoder_and_of_pixels():
     tokenizer, images, token_images = small_tokenizer(), scenes(2, 32), scenes(2, 16)
     tokenizer.decoder, model, mask = None, small_model(), torch.zeros(2, 4, 4, dtype=torch.bool)
-    pictures, correct = visualize.predictions(model, images, mask, tokenizer, token_images)
+    pictures, correct = plots.predictions(model, images, mask, tokenizer, token_images)
     tokens = model(images, mask, torch.arange(32)).argmax(-1).view(2, 4, 4)
     assert torch.equal(correct, tokens == tokenizer.tokenize(token_images))
     assert torch.equal((pictures["correct tokens"] == 0.5).all(1)[:, ::8, ::8], ~correct)
-    figure = visualize.figure_predictions(pictures, mask, torch.ones_like(correct))
+    figure = plots.figure_predictions(pictures, mask, torch.ones_like(correct))
     assert figure.axes[2].get_xlabel() == "16 of 16: 100%"
     mask[:, 1:3, 1:3] = True
     model = vit.MaskedImageModel(model.config, 3 * 8 * 8).eval()
-    pictures, correct = visualize.predictions(model, images, mask)
+    pictures, correct = plots.predictions(model, images, mask)
     visible = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
     torch.testing.assert_close(pictures["prediction"][visible], images[visible])
     assert not torch.allclose(pictures["prediction"][~visible], images[~visible])
-    assert correct is None and len(visualize.draw_predictions(model, None, images, None, mask).axes) == 6
+    assert correct is None and len(plots.draw_predictions(model, None, images, None, mask).axes) == 6
 
 
 def test_the_pipeline_shows_predicted_and_true_tokens():
     mask = torch.tensor([[True, False], [True, False]])
     tokens, predicted = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 4]])
     image, reconstruction, prediction = torch.rand(3, 8, 8), torch.rand(3, 4, 4), torch.rand(3, 4, 4)
-    figure = visualize.figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction)
+    figure = plots.figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction)
     above, below = figure.axes[:9], figure.axes[9:]
     for axis, grid in ((above[6], predicted), (below[4], tokens)):
-        colours = torch.where(mask, visualize.token_colours(grid), 1.0)
+        colours = torch.where(mask, plots.token_colours(grid), 1.0)
         torch.testing.assert_close(shown(axis), colours.float())
     assert torch.equal(shown(above[8]), prediction) and torch.equal(shown(below[8]), reconstruction)
     assert torch.equal((shown(above[4]) == 0.5).all(0)[::4, ::4], mask)
@@ -231,7 +232,7 @@ def shifted_attention(grid, rows, columns):
 def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
     grid = (4, 6)
     maps = torch.stack([shifted_attention(grid, 1, 2), shifted_attention(grid, 0, 0)])
-    figure = visualize.figure_attention(torch.rand(3, 32, 48), maps, [(2, 1), "S"], grid)
+    figure = plots.figure_attention(torch.rand(3, 32, 48), maps, [(2, 1), "S"], grid)
     assert [axis.get_title() for axis in figure.axes[:4]] == ["", "mean of heads", "head 1", "head 2"]
     image, mean, first, second, image_of_cls, *maps_of_cls = figure.axes
     assert (image.get_ylabel(), image_of_cls.get_ylabel()) == ("patch 2,1", "[S]")
@@ -249,7 +250,7 @@ def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
 
 def test_lines_by_layer():
     panels = {"all": {"a": [0.2, 0.4, 0.3], "b": [0.1, 0.1, 0.1]}, "far": {"b": [1, 2, 3], "_c": [1, 1, 1]}}
-    figure = visualize.figure_by_layer(panels, "ratio")
+    figure = plots.figure_by_layer(panels, "ratio")
     first, second = figure.axes
     np.testing.assert_allclose(first.lines[0].get_xydata(), [[1, 0.2], [2, 0.4], [3, 0.3]])
     assert first.lines[1].get_color() == second.lines[0].get_color()   # both are b
@@ -262,7 +263,7 @@ def test_lines_by_layer():
 def test_results_of_finetuning_are_drawn():
     images, classes = torch.rand(3, 3, 16, 16), ["a", "$b$", "c"]      # a $ is no formula
     probabilities = torch.tensor([0.1, 0.7, 0.2]).expand(3, 3)
-    figure = visualize.figure_classes(images, [1, 0, 2], probabilities, classes)
+    figure = plots.figure_classes(images, [1, 0, 2], probabilities, classes)
     picture, bars, _, other_bars = figure.axes[:4]
     assert picture.get_title() == "$b$" and picture.title.get_parse_math() is False
     assert [text.get_text() for text in other_bars.texts] == ["$b$  70%", "c  20%", "a  10%"]
@@ -271,7 +272,7 @@ def test_results_of_finetuning_are_drawn():
     assert true.get_facecolor() == other_bars.patches[2].get_facecolor()
     truth = torch.zeros(16, 16, dtype=torch.uint8)
     truth[8:], truth[0] = 1, IGNORE
-    figure = visualize.figure_segments(images, [truth] * 3, [truth.clamp(max=1)] * 3, classes)
+    figure = plots.figure_segments(images, [truth] * 3, [truth.clamp(max=1)] * 3, classes)
     assert legend_texts(figure.legends[0]) == ["a", "$b$"]
     colours = shown(figure.axes[1])
     assert (colours[:, 0] == 1).all() and (colours[:, 1:8] == 0).all() and len(colours[:, 8:].unique()) > 1
@@ -279,12 +280,12 @@ def test_results_of_finetuning_are_drawn():
 
 def test_position_embeddings():
     embeddings = small_model().pos_embed[0, 1:]
-    figure = visualize.figure_position_embeddings(embeddings, (4, 4))
+    figure = plots.figure_position_embeddings(embeddings, (4, 4))
     assert (figure.axes[0].get_ylabel(), figure.axes[1].get_title()) == ("row 0", "column 1")
     for i in range(16):                                                # a 4x4 grid is shown in full
         assert shown(figure.axes[i]).argmax() == i
         assert shown(figure.axes[i]).max() == pytest.approx(1)
-    figure = visualize.figure_position_embeddings(torch.rand(9 * 20, 8), (9, 20))
+    figure = plots.figure_position_embeddings(torch.rand(9 * 20, 8), (9, 20))
     assert len(figure.axes) == 7 * 7 + 1 and figure.axes[6].get_title() == "column 19"
 
 
@@ -292,7 +293,7 @@ def test_position_embeddings():
 def test_position_biases(layers, labels):
     tables = torch.zeros(layers, 52, 2)
     tables[:, :-3, 1] = torch.arange(49.0)                             # by offset of the query from the key
-    figure = visualize.figure_position_biases(tables, (4, 4))
+    figure = plots.figure_position_biases(tables, (4, 4))
     picture = shown(figure.axes[1])
     assert picture[-1, -1] == 0 and picture[0, 0] == picture.max() == 48    # the key is above, to the left
     assert [axis.get_ylabel() for axis in figure.axes[:-1:2]] == labels
@@ -311,7 +312,7 @@ def test_curves_of_several_runs(tmp_path):
     logs = {"a": visualize.read_log(write_log(tmp_path / "a", steps=160)),
             "b": visualize.read_log(write_log(tmp_path / "b", steps=20)),
             "pixels": [{"step": 1, "loss": 0.9, "mean_loss": 0.8}]}
-    figure = visualize.figure_curves(logs)
+    figure = plots.figure_curves(logs)
     loss, accuracy, _, speed = figure.axes
     assert legend_texts(figure.legends[0]) == ["a", "b", "pixels"]
     assert legend_texts(loss.get_legend()) == ["unigram entropy", "chance loss", "mean loss"]
@@ -376,7 +377,7 @@ def test_each_command_draws(monkeypatch, folder, words):
 
 def test_masks_are_drawn_as_asked_for(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(visualize, "figure_masks", lambda images, masks, coverage: drawn.update(masks))
+    monkeypatch.setattr(plots, "figure_masks", lambda images, masks, coverage: drawn.update(masks))
     visualize.plot_masks(visualize.parse_args("masks --grid 10 10 --ratio 0.29 --count 3 --seed 7".split()))
     assert list(drawn) == ["blockwise", "random"]                      # not "none", which masks nothing
     rng = np.random.default_rng(7)
