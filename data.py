@@ -231,7 +231,7 @@ def segmentation_transform(size, *, train, scale=(0.5, 2.0), jitter=0.5):
     sides = [round(size * factor) for factor in np.linspace(*scale, num=33)]
     amounts = dict(brightness=jitter / 4, contrast=jitter, saturation=jitter, hue=jitter / 5)
     distortions = [v2.RandomApply([v2.ColorJitter(**{name: amount})], p=0.5)
-                   for name, amount in amounts.items()]                # v2's own also permutes the channels
+                   for name, amount in amounts.items()]              # RandomPhotometricDistort swaps channels
     return v2.Compose([
         v2.RandomShortestSize(sides, interpolation=BICUBIC), partial(crop_with_variety, size),
         v2.RandomHorizontalFlip(), *distortions, v2.PILToTensor()])
@@ -255,12 +255,12 @@ def crop_with_variety(size, image, class_map):
 # ---- Loaders ----
 
 def rank_batches(num_images, batch_size, *, seed, start, stop, parts=1, rank=0, world_size=1, repeats=1):
-    """Yield lists of (epoch, index) for the steps from start to stop - 1 of one process, `parts` for a step.
+    """Yield `parts` lists of (epoch, index) for each step from start to stop - 1: the images of one process.
 
     The images of a step are a function of (seed, step), and are dealt to parts and processes in order.
-    repeats: how often each image occurs in a batch, each time with other draws (repeated augmentation, Table
-    13): those of the key epoch * repeats + r for repeat r. An epoch keeps its number of steps, and so sees
-    1 / repeats of the images.
+    repeats: how often each image occurs in a batch (repeated augmentation, Table 13). Repeat r has the key
+    (epoch * repeats + r, index), so that each repeat gets its own crop. An epoch keeps its number of steps,
+    and so sees 1 / repeats of the images.
     """
     unique_per_batch = math.ceil(batch_size / repeats)
     for step in range(start, stop):

@@ -75,7 +75,7 @@ def train(args, device):
     """Fine-tune in the folder args.out, or continue there; with --eval, only evaluate.
 
     Writes metrics.jsonl, last.pt, model.pt, result.json and predictions.png. Raises UserError, before it
-    writes anything, for data or a checkpoint that do not fit.
+    writes anything, if the data or the checkpoint does not fit.
     """
     checkpoint = pretrained.open_checkpoint(args, evaluate=args.eval)    # sets the sizes of the model in args
     train_set, val_set, classes = open_datasets(args)

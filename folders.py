@@ -20,7 +20,7 @@ class Images(Dataset):
     """Image files without labels: (image, 0)."""
 
     def __init__(self, paths):
-        self.paths = np.array(paths)    # a list would be copied: reading it changes reference counts
+        self.paths = np.array(paths)    # each loader process would copy a list, by counting references
 
     def __len__(self):
         return len(self.paths)
@@ -94,15 +94,15 @@ class Segmentation(Images):
         if numbers.shape != (image.height, image.width):
             h, w = numbers.shape
             turned = " turned upright" if (h, w) == image.size else ""
-            raise BadFile(f"{path} is {w}x{h}, its image{turned} {image.width}x{image.height}")
+            raise BadFile(f"{path} is {w}x{h}, but its image{turned} is {image.width}x{image.height}")
         largest = numbers[numbers != IGNORE].max(initial=0)
         if largest > len(self.classes):
-            raise BadFile(f"{path} holds class {largest}, there are {len(self.classes)}")
+            raise BadFile(f"{path} holds class {largest}, but there are only {len(self.classes)} classes")
         return image, np.where(numbers == IGNORE, IGNORE, numbers - 1)    # uint8: 0 - 1 = 255 = IGNORE
 
 
 def segmentation_classes(root):
-    """Names from ADE20K's objectInfo150.txt (tab-separated, with a title line); without it 150 numbers."""
+    """Names from ADE20K's objectInfo150.txt (tab-separated, with a header line); without it 150 numbers."""
     table = root / "objectInfo150.txt"
     if not table.exists():
         return [str(number) for number in range(1, 151)]
@@ -216,7 +216,7 @@ def turn_upright(image):
 
 
 def grey_to_8_bits(grey):
-    """Scale grey values, float (H, W), to uint8. White is the smallest of 1, 255, 65535 that none exceeds."""
+    """Scale grey values, float (H, W), to uint8. White is 1, 255 or 65535, or the largest value."""
     grey = np.nan_to_num(grey, posinf=0, neginf=0)
     largest = grey.max()
     possible = [white for white in (1, 255, 65535) if largest <= white]

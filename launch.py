@@ -230,7 +230,7 @@ def start(parse_args, train):
 
 @contextmanager
 def one_line_errors():
-    """Print a UserError, OSError or FloatingPointError as one line, and exit with status 2, 1 or 1."""
+    """Print UserError, OSError and FloatingPointError as one line. Exit with 2 for UserError, otherwise 1."""
     with suppress(AttributeError):                                     # a file name may not be valid UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -271,7 +271,7 @@ def join_processes(device, precision):
 
 @functools.cache
 def choose_dtype(precision, device_type):
-    """The dtype of matrix products for a --precision. A CPU without AMX emulates bf16, slower than fp32."""
+    """The dtype of matrix products for a --precision. On a CPU, auto takes bf16 only with AMX."""
     if precision == "auto" and device_type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":

@@ -73,7 +73,7 @@ def mask_part_of(block, count, rng):
 def random_mask(grid, num_masked, rng):
     """Mask exactly num_masked patches of grid (h, w), all sets equally likely (ablation of Table 4).
 
-    rng numpy.random.Generator. Returns a boolean array (h, w). Raises ValueError for an empty or full mask.
+    rng: numpy.random.Generator. Returns a boolean array (h, w). Raises ValueError for an empty or full mask.
     """
     h, w = grid
     check_count(num_masked, h * w - 1)

@@ -201,7 +201,7 @@ def predictions(model, images, mask, tokenizer=None, token_images=None):
 
 @default_style()
 def figure_predictions(pictures, mask, correct=None):
-    """The results of `predictions`, two images in a row. Correct tokens of predicted patches are outlined.
+    """The results of `predictions`, two images per row. Correct tokens of predicted patches are outlined.
 
     pictures {title: (n, 3, ., .)}; mask, correct (n, h, w) bool.
     """
@@ -333,7 +333,7 @@ BASELINES = {"unigram_entropy": "--", "chance_loss": ":", "mean_loss": "-.", "ma
 
 @default_style()
 def figure_curves(logs):
-    """Loss, accuracy, learning rate and speed by step. logs: {label: list of dicts as of `read_log`}."""
+    """Loss, accuracy, learning rate and speed by step. logs: {label: list of dicts as in metrics.jsonl}."""
     figure = StyledFigure(figsize=(11, 6.4 + 0.2 * len(logs)), layout="constrained")
     colours = line_colours(len(logs))
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
@@ -343,7 +343,7 @@ def figure_curves(logs):
         axis.set(title=title, xlabel="step")
         lines, labels = axis.get_legend_handles_labels()
         if labels:
-            baselines = dict(zip(labels, lines))                       # of several logs, one each
+            baselines = dict(zip(labels, lines))                       # one of each kind is named
             axis.legend(baselines.values(), baselines.keys(), frameon=False, fontsize=8)
         if not axis.lines:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)

@@ -1,9 +1,8 @@
 """Masked image modeling (sec. 2.3): pre-train a transformer to predict the visual tokens of masked patches.
 
-`python pretrain.py` trains a tokenizer and pre-trains on built-in images. The paper's run, with DALL-E's:
-`torchrun --nproc_per_node=16 pretrain.py --data IMAGENET --tokenizer encoder.pkl`.
-The rows of Table 4 are --masking random; --target pixels; these two together; --predict all; --masking none
---predict all: each with --epochs 300 --warmup 0.0333 (10 epochs). Its last row has 800 epochs, the default.
+`python pretrain.py` trains a tokenizer and pre-trains on built-in images. The paper's run is
+`torchrun --nproc_per_node=16 pretrain.py --data IMAGENET --tokenizer encoder.pkl`, with DALL-E's tokenizer.
+The flags of each row of Table 4 are listed in the README, under "Pre-training".
 Axes: B images in a batch, each with a grid of h x w patches and visual tokens; M patches to predict in the
 batch; V codes; P x P pixels in a patch.
 """
@@ -69,9 +68,9 @@ def parse_args(argv=None):
         help="brightness, contrast and saturation vary by this share (Table 12)")
     args = launch.parse(parser, PRESETS, argv)
     grid = launch.config_from_flags(vit.ViTConfig, args).grid
-    most = math.prod(grid) - (1 if args.exact_masks else 2)            # as masking.blockwise_mask allows
-    if not 1 <= number_to_mask(args.mask_ratio, grid) <= most:
-        parser.error(f"--mask-ratio: must mask from 1 to {most} of {math.prod(grid)} patches, got "
+    largest = math.prod(grid) - (1 if args.exact_masks else 2)         # as masking.blockwise_mask allows
+    if not 1 <= number_to_mask(args.mask_ratio, grid) <= largest:
+        parser.error(f"--mask-ratio: must mask from 1 to {largest} of {math.prod(grid)} patches, got "
                      f"{args.mask_ratio:g}")
     if args.masking == "none" and (args.predict != "all" or args.target != "tokens"):
         parser.error("--masking none needs --predict all and --target tokens, to have something to learn")

@@ -79,11 +79,11 @@ def load_weights(model, checkpoint, classes, *, need_head=False):
         return
     new = initialise(model, *checkpoint, classes)
     if need_head and any(name.startswith(weights.HEADS) for name in new):
-        found = checkpoint.info["classes"] or ["classes without names"]
+        found = checkpoint.info["classes"] or ["without names"]
         expected = textwrap.shorten(", ".join(classes), 200, placeholder=" ...")
         found = textwrap.shorten(", ".join(found), 200, placeholder=" ...")
-        raise UserError(f"--eval: {checkpoint.path} has no head for this task and these classes: {expected}; "
-                        f"it was trained for {checkpoint.info['task']}, for {found}; a model.pt of this "
+        raise UserError(f"--eval: {checkpoint.path} has no head for this task and these classes: {expected}. "
+                        f"Its task is {checkpoint.info['task']}, its classes: {found}. A model.pt of this "
                         "script for the same --data has one")
 
 
@@ -149,6 +149,7 @@ def match_head(state, info, initial, classes):
     fits = all(name in initial and initial[name].shape == state[name].shape for name in head)
     found = list(info["classes"] or classes or [])
     expected = list(classes or found)
+    # A name that occurs twice (ImageNet has two cranes) makes the order ambiguous.
     if found != expected and sorted(found) != sorted(set(expected)):
         fits = False
     if not fits:

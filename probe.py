@@ -59,7 +59,7 @@ def train(args, device):
     """Train the probes in the folder args.out, or continue there; with --knn, find neighbours instead.
 
     Writes result.json, layers.png, and for the probes metrics.jsonl, last.pt and model.pt. Raises UserError,
-    before anything is written, for data or a checkpoint that do not fit.
+    before anything is written, if the data or the checkpoint does not fit.
     """
     # Sets the sizes of the model in args. Only fine-tuning needs a table of position bias for each block.
     checkpoint = pretrained.open_checkpoint(args, copy_shared_table=False)

@@ -30,7 +30,7 @@ import data
 import launch
 from launch import UserError, format_metrics, make_parser, parse, rank, say, scalars, world_size
 
-__all__ = ["Run", "UserError", "make_parser", "parse"]    # from launch, so that run.parse works too
+__all__ = ["Run", "UserError", "make_parser", "parse"]    # scripts outside this folder call run.parse
 
 
 # ---- The training step ----
@@ -155,8 +155,8 @@ MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root", "download")    #
 class Run:
     """A training run in the folder args.out: it is opened, continued, logged, saved and finished here.
 
-    The folder holds config.json, metrics.jsonl, last.pt to continue from, previous.pt, the checkpoint before
-    it, and at the end model.pt and result.json. Rank 0 writes, all processes read.
+    The folder holds config.json, metrics.jsonl, last.pt (the newest checkpoint), previous.pt (the one before
+    it), and at the end model.pt and result.json. Rank 0 writes, all processes read.
 
     num_images: the number of training images; None for an evaluation without training. Raises UserError if
     they do not fill a batch, or if the folder holds another configuration, is in use, or is not visible on
@@ -324,7 +324,7 @@ class Run:
             say(f"step {step}/{self.steps}  {format_metrics(values)}")
 
     def finish(self, model, config):
-        """Write model.pt (weights, config, class name), which --init or --tokenizer take, and result.json.
+        """Write result.json, and model.pt, which --init and --tokenizer accept: weights, config, class name.
 
         The result is the report of the last evaluation. Returns it.
         """
@@ -424,7 +424,7 @@ class Run:
     def _choose_checkpoint(self):
         """Make last.pt the last intact checkpoint. Returns whether there is one.
 
-        A damaged last.pt is renamed, and previous.pt takes its place. Raises UserError if both are damaged.
+        A damaged last.pt is renamed, and previous.pt takes its place. Raises UserError if none is intact.
         """
         last, damaged = self.folder / "last.pt", []
         for path in (last, self.folder / "previous.pt"):

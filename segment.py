@@ -57,7 +57,7 @@ def train(args, device):
     """Fine-tune in the folder args.out, or continue there; with --eval, only evaluate.
 
     Writes metrics.jsonl, last.pt, model.pt, result.json and segments.png. Raises UserError, before anything
-    is written, for data or a checkpoint that do not fit.
+    is written, if the data or the checkpoint does not fit.
     """
     checkpoint = pretrained.open_checkpoint(args, evaluate=args.eval)    # sets the sizes of the model in args
     train_set, val_set, classes = open_datasets(args)

@@ -16,8 +16,8 @@ import plots
 from dvae import DiscreteVAE
 from run import Run, cosine, count_steps, warmup_cosine
 
-# base is DALL-E's appendix A, without its augmentation: the KL weight, the temperature and the learning rate
-# ramp over 5,000, 150,000 and 1.2M of 3M steps.
+# base is DALL-E's appendix A, without its augmentation, at 112 pixels, the size of BEiT's tokens. Of its 3M
+# steps, the KL weight rises over 5,000, the temperature falls over 150,000, the learning rate over 1.2M.
 # The others are ours; demo and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes
 # starts with all in use, a slow encoder (encoder_lr) does not move features away from them, and the KL term
 # pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
@@ -125,7 +125,7 @@ def train(args, device):
 
 
 def build_model(args, views, device):
-    """The DiscreteVAE to train, with --init-codes its codes initialised, and its parameter groups."""
+    """The DiscreteVAE to train and its parameter groups. With --init-codes, codes start from images."""
     torch.manual_seed(args.seed)
     model = DiscreteVAE(args.vocab_size, args.hidden, args.groups, args.blocks_per_group)
     model.to(device, memory_format=torch.channels_last)

@@ -221,7 +221,7 @@ def parse_args(argv=None):
 
     use_tokenizer, use_masks = "tokens predict pipeline", "masks predict pipeline"
     use_model, use_images = f"{use_tokenizer} attention positions", f"masks {use_tokenizer} attention"
-    add(use_model, "--init", help="model.pt or a released checkpoint (default: pretrain.py's for --data)")
+    add(use_model, "--init", help="a checkpoint (default: the model.pt of pretrain.py for --data, or shapes)")
     add(use_tokenizer, "--tokenizer", help="model.pt or DALL-E's encoder.pkl (default: that of --init's run)")
     add(use_images, "--images", nargs="+", help="image files, instead of --data")
     add(use_images, "--data", default="shapes",

@@ -246,7 +246,7 @@ class VisionTransformer(nn.Module):
     def features(self, images, layer=-1):
         """The tokens after one block, normalised by self.norm (the identity in a classifier): (B, 1+N, D).
 
-        layer: index of the block, 0 is the first and -1 the last; IndexError if there is no such block.
+        layer: index of the block, 0 is the first and -1 the last. Raises IndexError for others.
         """
         return self.norm(self.hidden_states(images)[layer])
 
@@ -264,7 +264,7 @@ class VisionTransformer(nn.Module):
         return maps if layer is None else maps[layer]
 
     def embed_patches(self, images):
-        """Normalise, and project the patches: (B, 3, H, W) -> (B, N, D). ValueError for a wrong size."""
+        """Normalise, and project the patches: (B, 3, H, W) -> (B, N, D). Raises ValueError for other H, W."""
         expected = (3, *self.config.image_hw)
         if images.shape[1:] != expected:
             raise ValueError("expected images (B, {}, {}, {}), got {}".format(*expected, tuple(images.shape)))
@@ -366,8 +366,8 @@ class SemanticSegmenter(VisionTransformer):
     """Classifies each pixel: deconvolutions upsample the patches' norm(H_L) to pixels (sec. 2.6).
 
     The decoder has a level for each factor of 2 in the patch size: a transposed convolution that doubles the
-    resolution, GroupNorm and GELU. The first level has decoder_dim channels, each further one half as many,
-    but at least 32. A 1x1 convolution classifies. Logits are resized bilinearly. Initial weights: PyTorch's.
+    resolution, GroupNorm and GELU. The first level has decoder_dim channels, each later level half as many as
+    the one before, but at least 32. A 1x1 convolution classifies. Logits are resized bilinearly to H x W.
     """
 
     def __init__(self, config, num_classes, decoder_dim=256):

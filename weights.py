@@ -23,7 +23,7 @@ from torch import nn
 import dvae
 import vit
 from launch import UserError, one_line_errors, say
-from positions import resize_positions, square_grid  # noqa: F401, the first for weights.resize_positions
+from positions import resize_positions, square_grid  # noqa: F401, also weights.resize_positions
 from run import write_atomically, write_json
 
 try:
@@ -57,7 +57,7 @@ class StandIn:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):    # an instance method, so that a pickle cannot call it on the class
+    def __setstate__(self, state):    # without it, a pickle could change the class itself
         self.state = state
 
 
@@ -65,7 +65,7 @@ class RebuiltTensor(StandIn):
     """Replaces torch's functions that rebuild a tensor or a parameter. Returns the tensor, without hooks."""
 
     def __new__(cls, data, *layout):
-        if isinstance(data, torch.Tensor):                             # of a parameter
+        if isinstance(data, torch.Tensor):                             # as _rebuild_parameter
             return data
         return torch._utils._rebuild_tensor(data, *layout[:3])         # storage, offset, size, stride
 
@@ -127,7 +127,7 @@ def read_json(path):
 
 
 def class_name(contents):
-    """Return the name of the model's class if read_file found one of ours or DALL-E's, else of the type."""
+    """Return the class name of a model of ours or DALL-E's; for other contents, the name of their type."""
     return contents.get("kind", "dict") if isinstance(contents, dict) else type(contents).__name__
 
 
@@ -309,7 +309,7 @@ def convert_names(state, source, kind, path):
 def read_huggingface_config(folder, task, outputs):
     """Return (fields of vit.ViTConfig, names of the classes or None) from the JSON files beside the weights.
 
-    Raises UserError if our models would compute something else than config.json describes.
+    Raises UserError if our models would compute something other than config.json describes.
     """
     path, fields = folder / "config.json", {}
     hf_config, hf_processor = read_json(path), read_json(folder / "preprocessor_config.json")
@@ -434,8 +434,8 @@ def save_huggingface(model, path, classes=None):
         model = BeitForImageClassification.from_pretrained(path)
         logits = model(**processor(image, return_tensors="pt")).logits
 
-    The tokenizer stays behind, as Hugging Face has no place for it. BeitForMaskedImageModeling predicts its
-    tokens; to decode them, keep its own file: a model.pt of train_dvae.py, or DALL-E's .pkl files.
+    The tokenizer is not exported, because Hugging Face has no format for it. To decode predicted tokens, keep
+    the file of the tokenizer: a model.pt of train_dvae.py, or DALL-E's .pkl files.
     """
     config, architecture, head = model.config, "BeitModel", {}
     if isinstance(model, vit.MaskedImageModel):

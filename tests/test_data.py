@@ -559,8 +559,8 @@ def test_class_maps_follow_their_images(tmp_path, monkeypatch, capfd):
 
 
 WRONG_MAPS = {
-    "is 10x10, its image 40x30": Image.new("L", (10, 10), 1),
-    "holds class 9, there are 3": Image.new("L", (40, 30), 9),
+    "is 10x10, but its image is 40x30": Image.new("L", (10, 10), 1),
+    "holds class 9, but there are only 3 classes": Image.new("L", (40, 30), 9),
     "is not a map of 8-bit class numbers, but mode RGB": Image.new("RGB", (40, 30)),
     "is not a map of 8-bit class numbers, but mode I;16": Image.new("I;16", (40, 30)),
 }
@@ -600,5 +600,5 @@ def test_runs_among_bad_files(tmp_path, record_fault):
     _, said = finished(start(tmp_path / "b", *flags), 1)
     errors = [line for line in said.splitlines() if not line.startswith("warning: ")]
     assert len(errors) == 1 and errors[0].startswith("pretrain.py: error: --data: ")
-    assert errors[0].endswith("nor can the 15 files after it")
+    assert "error: --data: 16 images in a row cannot be used; the first: " in errors[0]
     record_fault("unreadable images: two among good ones, nothing else", 2)

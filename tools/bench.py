@@ -1,4 +1,4 @@
-"""Speed beside the limits of this machine: `python -m tools.bench`.
+"""Speed compared with the limits of this machine: `python -m tools.bench`.
 
 All rows are measured in turn, in several rounds. A row has the median rate, and half the range between the
 slowest round and the fastest. FLOPs are those of matrix products and convolutions, 2 for a multiply-add.
@@ -90,7 +90,7 @@ def write_jpegs(folder):
 
 
 class Reference(nn.Module):
-    """The BEiT of timm or transformers in the size of a vit.ViTConfig, called as vit.MaskedImageModel."""
+    """The BEiT of timm or transformers, with the sizes of a ViTConfig and the forward of MaskedImageModel."""
 
     def __init__(self, library, config, lm_head):
         super().__init__()
@@ -169,7 +169,7 @@ def measure(rows, flops, rounds):
     for _ in range(rounds):
         for name, row in rows.items():
             timer = Timer("function()", globals={"function": row.function},
-                          num_threads=row.threads or torch.get_num_threads())    # it waits for the GPU
+                          num_threads=row.threads or torch.get_num_threads())    # a Timer waits for the GPU
             rates[name].append(row.count / timer.blocked_autorange().median)
     for name, row in rows.items():
         rate = statistics.median(rates[name])

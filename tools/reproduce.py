@@ -3,8 +3,9 @@
 A claim is a table whose numbers come from runs of the training scripts, each in a folder of its own. Finished
 runs are not repeated, and interrupted runs continue. Then the table and a plot are written to figures/.
 
-All rows of a table have the same images, model, number of steps and recipe, except for two values of
-fine-tuning: the layer decay is 0.75, or 1 from scratch, and `choose_lr` gives the learning rate.
+Apart from what a claim compares, all rows of a table have the same images, model, number of steps and recipe,
+except for two values of fine-tuning: the layer decay is 0.75, or 1 from scratch, and `choose_lr` gives the
+learning rate.
 """
 import json
 import math
@@ -85,7 +86,8 @@ class Lab:
     """The runs that a claim needs, and its table, which has nan where a run is not finished yet.
 
     runs: name -> command, in which {out} is the folder of all runs and {data_root} is --data-root. Methods
-    that plan runs return their names. Claims share the runs with the same name.
+    that plan runs return their names. Claims share the runs with the same name. A claim function is called
+    twice: before the runs, to plan them, and after them, to fill in the table.
     """
 
     def __init__(self, claim, args):
@@ -125,7 +127,7 @@ class Lab:
     def classify(self, start, labels=LABELS):
         """Plan fine-tuning with this number of labels, once per seed."""
         in_convergence = labels == self.scale.convergence_labels and start in (None, f"pretrain-{FASHION}")
-        evaluations = EVALUATIONS if in_convergence else 1             # that claim shows them
+        evaluations = EVALUATIONS if in_convergence else 1             # `convergence` shares these runs
         flags = f"--labels {labels} --lr {choose_lr(start)} --crop-scale 0.8"
         return [self.finetune("finetune.py", f"finetune {labels} {seed}", start, FASHION,
                               self.scale.finetune[labels], f"{flags} --seed {seed}", evaluations)
@@ -264,7 +266,7 @@ def probe(lab):
 
 
 def attention_rows(lab, measure, panel=""):
-    """Rows with measure(maps, coverage), (L,), for random weights and for pre-training of four lengths."""
+    """Rows of a table: measure(maps, coverage), (L,), for random weights and four pre-trainings."""
     runs, rows = {"random weights": lab.pretrain(RANDOM_WEIGHTS, SHAPES, share=0)}, {}
     for share in (0.25, 0.5, 1, 4):
         label = f"{share * lab.scale.pretrain[SHAPES]:,.0f} images seen"
@@ -304,19 +306,19 @@ def mask_ratio(lab):
 
 def tune(lab):
     """Learning rates of fine-tuning: half the steps, compared on training images that are held out"""
-    rows, flags = {}, "--seed 100 --validate"
+    rows = {}
     starts = {label: pretrain_flags for label, (pretrain_flags, _, _) in ABLATIONS.items()}
     starts["from scratch"] = None
     for label, pretrain_flags in starts.items():
         start = None if pretrain_flags is None else lab.pretrain(pretrain_flags)
         runs = [lab.finetune("finetune.py", f"tune {lr}", start, FASHION, lab.scale.finetune[LABELS] // 2,
-                             f"--labels {LABELS} --lr {lr} --crop-scale 0.8 {flags} 5000")
+                             f"--labels {LABELS} --lr {lr} --crop-scale 0.8 --seed 100 --validate 5000")
                 for lr in LEARNING_RATES]
         rows[label] = [*([100 * lab.result(run, "top1")] for run in runs), f"{choose_lr(start):g}"]
     for label, pretrain_flags in starts.items():
         start = None if pretrain_flags is None else lab.pretrain(pretrain_flags, SHAPES)
         runs = [lab.finetune("segment.py", f"tune segment {lr}", start, SHAPES, lab.scale.segment // 2,
-                             f"--lr {lr} {flags} 1000") for lr in LEARNING_RATES]
+                             f"--lr {lr} --seed 100 --validate 1000") for lr in LEARNING_RATES]
         rows[f"segmentation, {label}"] = [*([100 * lab.result(run, "mean_iou")] for run in runs),
                                           f"{SEGMENTATION_LR:g}"]
     return Table("top-1 or mean IoU, %", [*map(str, LEARNING_RATES), "used"], rows, "learning rate")
@@ -404,7 +406,6 @@ def execute(runs, args):
         if is_finished(folder, command):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "command.txt").write_text(command)
         folders = dict(out=args.out, data_root=args.data_root)
         script, *flags = [word.format(**folders) for word in command.split()]
         begin = time.perf_counter()
@@ -418,6 +419,7 @@ def execute(runs, args):
         if status:
             last_line = "".join((folder / "log.txt").read_text().strip().splitlines()[-1:])
             raise ChildProcessError(f"{name}: status {status}, {last_line}; see {folder}/log.txt")
+        (folder / "command.txt").write_text(command)                   # the result is that of this command
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for name, command in sorted(runs.items(), key=lambda run: SCRIPTS.index(run[1].split()[0])):
