@@ -87,7 +87,7 @@ WRONG = {
         --init F/pretrained.pt --position absolute | --position: F/pretrained.pt has ...relative, not absolute
         --init F/pretrained.pt --heads 4 | --heads: F/pretrained.pt has 2, not 4
         --init F/pretrained.pt --eval | --eval: F/pretrained.pt has no head for this task and these classes
-        --init F/classifier.pt --eval | --eval: F/classifier.pt has no head ...: disc, ...bar. Its task ...: a, b.
+        --init F/classifier.pt --eval | --eval: F/classifier.pt has no head ...disc, ...bar. Its ...: a, b.
         --init F/pretrained.pt --out F/text | --out: ...F/text
         --init none --eval | --init: there is nothing to evaluate with none
         --init none --heads 5 | --heads: must be a divisor of dim 128, got 5

@@ -172,7 +172,7 @@ def test_mixup_and_cutmix():
 # ---- Flags that the data or the checkpoint decide on; more in test_commands.py ----
 
 @pytest.mark.parametrize("flags, message", [
-    ("--eval", "^--eval: .*model.pt has no head for .* classes: disc, .*, bar\. .* classes: without names"),
+    ("--eval", r"^--eval: .*model.pt has no head for .* classes: disc, .*, bar\. .* classes: without names"),
     ("--dim 32", "^--dim: .*model.pt has 16, not 32"),
     ("--layer-scale 0", "^--layer-scale: .*model.pt has 0.1, not 0"),
 ])

@@ -238,7 +238,7 @@ def test_only_training_images_are_augmented(tmp_path, flags, images, held_out):
 # ---- Flags that the data or the checkpoint decide on; more in test_commands.py ----
 
 def test_a_checkpoint_without_this_head_cannot_be_evaluated(pretrained, tmp_path):
-    with pytest.raises(UserError, match="^--eval: .* no head for .*: background, disc, .*, bar\."):
+    with pytest.raises(UserError, match=r"^--eval: .* no head for .*: background, disc, .*, bar\."):
         train_small(segment, tmp_path / "a", "--init", pretrained, "--eval")
     assert not (tmp_path / "a").exists()
 
