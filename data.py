@@ -162,7 +162,7 @@ def warn_once(message):
 # ---- Labelled images ----
 
 class Labelled(Dataset):
-    """An image, uint8 (3, S, S), and its label or class map, uint8 (S, S), for a key (epoch, index).
+    """An image, uint8 (3, H, W), and its label or class map, uint8 (H, W), for a key (epoch, index).
 
     transform: a transform of torchvision for a PIL image and its label or tv_tensors.Mask, which makes the
     image a tensor.

@@ -136,7 +136,7 @@ class DiscreteVAE(nn.Module):
         return DVAEOutput(nll.mean(), kl.mean(), reconstruction)
 
     def forward_features(self, images):
-        """The input of the encoder's last convolution, (B, width, h, w). Raises ValueError for odd sizes."""
+        """The input of the encoder's last convolution, (B, width, h, w). H and W: multiples of downsample."""
         H, W = images.shape[-2:]
         if H % self.downsample or W % self.downsample:
             raise ValueError(f"image sides {H}, {W} must be multiples of {self.downsample}")
@@ -188,9 +188,9 @@ class DiscreteVAE(nn.Module):
             logit_k = -s |f - f_k|^2 = 2 s f_k . f - s |f_k|^2 + a term that is the same for all k
 
         The first two terms are a 1x1 convolution with weight 2 s f_k and bias -s |f_k|^2, which replaces the
-        encoder's last convolution. The third term cancels in the softmax. s gives a random code, for which
-        |f - f_k|^2 is about 2 |f_k|^2, the logit -sharpness ln V, while the code of f itself has 0. In the
-        decoder, the vector of code k becomes a random projection of f_k: similar codes have similar vectors.
+        encoder's last convolution. The third term cancels in the softmax. s is chosen so that a random code,
+        for which |f - f_k|^2 is about 2 |f_k|^2, has the logit -sharpness ln V. The code of f itself has 0.
+        In the decoder, the vector of code k is a random projection of f_k: similar codes, similar vectors.
         images (B, 3, H, W): with 2 V patches or more, nearly all codes stand for different patches.
         """
         features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)

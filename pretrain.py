@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--mask-ratio", type=launch.fraction, default=0.4,
         help="fraction of masked patches: 0.4 is 78 of 196 (sec. 2.3), 0.383 is 75 (sec. 2.5)")
     add("--exact-masks", action=argparse.BooleanOptionalAction, default=True,
-        help="mask the same number of patches in each image; otherwise stop as Algorithm 1, above the ratio")
+        help="mask the same number of patches in each image; otherwise stop as Algorithm 1 does")
     add("--log-aspect", action="store_true",
         help="log-uniform aspect ratio of blocks, as in the released code")
     add("--target", choices=["tokens", "pixels"], default="tokens",
@@ -151,7 +151,7 @@ def loss_and_accuracy(outputs, targets):
 def evaluate(model, tokenizer, views, args, device):
     """Measure a masked image model on 512 held-out images, together with baselines that ignore the image.
 
-    val_loss, val_accuracy   of the model, as loss_and_accuracy
+    val_loss, val_accuracy   of the model, as loss_and_accuracy returns them
     chance_loss              ln V
     unigram_entropy          the loss of predicting the token frequencies for every patch
     majority_accuracy        the accuracy of always predicting the most frequent token

@@ -149,8 +149,9 @@ def match_head(state, info, initial, classes):
     fits = all(name in initial and initial[name].shape == state[name].shape for name in head)
     found = list(info["classes"] or classes or [])
     expected = list(classes or found)
-    # A name that occurs twice (ImageNet has two cranes) makes the order ambiguous.
-    if found != expected and sorted(found) != sorted(set(expected)):
+    # Another order can only be undone if no name occurs twice (ImageNet has two cranes).
+    can_reorder = len(set(expected)) == len(expected) and sorted(found) == sorted(expected)
+    if found != expected and not can_reorder:
         fits = False
     if not fits:
         return {name: tensor for name, tensor in state.items() if name not in head}, []

@@ -119,8 +119,8 @@ def count_steps(args, num_images):
 class StopSignal:
     """SIGTERM and SIGINT end a run after the current step, in all processes, once last.pt has been written.
     In order: a process receives the signal, and note_signal stores it. The next all-reduce tells all
-    processes. At the end of that step, with last.pt written, exit_by_signal ends each process as the signal
-    would have. After the last step, restore_handlers puts back the previous handlers.
+    processes. At the end of that step, with last.pt written, exit_by_signal ends each process by a signal.
+    After the last step, restore_handlers puts back the previous handlers.
     """
 
     def __init__(self):
@@ -134,9 +134,9 @@ class StopSignal:
         self.received = number
 
     def exit_by_signal(self, step):
-        """End this process by the signal that it, or another process, received."""
+        """End this process by the signal that it received, or by SIGTERM if only others received one."""
         number = self.received or signal.SIGTERM
-        say(f"{signal.Signals(number).name}: stopped after step {step}; the same command continues")
+        say(f"{signal.Signals(number).name}: stopped after step {step}; continue without --fresh")
         if dist.is_initialized():
             dist.barrier()                                             # last.pt is written by rank 0
         signal.signal(number, signal.SIG_DFL)
@@ -232,7 +232,7 @@ class Run:
     def batches(self, views, collate=default_collate, repeats=1):
         """Yield the batches of the remaining steps, in args.accumulate parts. Call `update` after each part.
 
-        Every step is seeded and has its learning rate set. views, collate, repeats: as data.train_loader.
+        Every step is seeded and has its learning rate set. views, collate, repeats: as for data.train_loader.
         """
         args = self.args
         loader = iter(data.train_loader(views, args, self.device, self.step, self.steps, collate, repeats))

@@ -61,7 +61,7 @@ def count_masked(args, grid):
     """The number of patches that --ratio masks. Raises UserError if these are none or all."""
     num_masked, patches = number_to_mask(args.ratio, grid), math.prod(grid)
     if not 1 <= num_masked < patches:
-        raise UserError(f"--ratio: must mask at least 1 and at most {patches - 1} of {patches} patches, "
+        raise UserError(f"--ratio: must mask at least 1 and at most {patches - 1} of {patches} patches; "
                         f"{args.ratio:g} masks {num_masked}")
     return num_masked
 
@@ -74,8 +74,8 @@ def open_masked(args, num_images):
     model = open_model(args.init, vit.MaskedImageModel)
     tokenizer, path = open_tokenizer(args)
     if tokenizer.vocab_size != model.lm_head.out_features:
-        raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, the model of --init predicts "
-                        f"{model.lm_head.out_features}")
+        raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, but the model of --init "
+                        f"predicts {model.lm_head.out_features}")
     h, w = grid = model.config.grid
     if h != w:
         raise UserError(f"--init: {args.init} must be a model for square images, got one for {h}x{w} patches")
@@ -236,7 +236,7 @@ def parse_args(argv=None):
     add("tokens", "--size", launch.positive_int, help="pixels per side (default: as trained)")
     add("attention", "--size", launch.positive_int, help="pixels of the shorter side (default: as trained)")
     add("attention", "--patch", action="append", metavar="ROW,COLUMN",
-        help="reference patch, counted from 0, or S for [S]; may be repeated (default: three in the centre)")
+        help="reference patch, counted from 0, or S for [S]; repeatable (default: three on the diagonal)")
     add("attention", "--layer", int, default=-1, help="layer, counted from 1 as in the paper; -1 is the last")
     add("curves", "--runs", nargs="+", default=["runs/pretrain-shapes"], help="folders of runs")
     add(" ".join(COMMANDS), "--dpi", launch.number(int, 1, 1200), default=100, help="pixels per inch")

@@ -412,7 +412,7 @@ def write_tensors(state, path):
 
 
 def save_timm(model, path):
-    """Write a state_dict for timm.create_model("beit_...", checkpoint_path=path), without [M] and token head.
+    """Write a state_dict for timm.create_model("beit_...", checkpoint_path=path), without [M] and lm_head.
 
     Raises UserError for a segmenter.
     """

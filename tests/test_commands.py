@@ -127,7 +127,7 @@ WRONG = {
         | the following arguments are required: WHAT
         painting | argument WHAT: invalid choice: 'painting' ...masks
         masks --grid 0 4 | argument --grid: must be at least 1, got 0
-        masks --ratio 0 | --ratio: must mask at least 1 and at most 195 of 196 patches, 0 masks 0
+        masks --ratio 0 | --ratio: must mask at least 1 and at most 195 of 196 patches; 0 masks 0
         masks --ratio nan | argument --ratio: must be from 0 to 1, got nan
         masks --seed 99999999999999999999 | argument --seed: must be from 0 to 4294967295, got 9999
         masks --out a.gif | --out: must be a file that ends in .png

@@ -335,7 +335,8 @@ CLAIMS = {function.__name__.replace("_", "-"): function for function in (
 def attend_to_scenes(path, count=200):
     """Self-attention of a model of 64-pixel images for held-out scenes of shapes.
 
-    Returns its maps, and the share of each patch that the main object covers, (B, h, w).
+    Returns its maps, and the share of each patch that the main object covers, (B, h, w). Distractors of the
+    same shape are counted as part of it.
     """
     model = weights.load_model(path)
     images, on_object = [], []
