@@ -56,7 +56,7 @@ class Views(Dataset):
                  jitter=0.4):
         self.source, self.seed, self.train = source, seed, train
         self.image_size, self.token_size, self.draw_mask = image_size, token_size, draw_mask
-        self.crop_scale = crop_scale
+        self.crop_scale, self.jitter = crop_scale, jitter
         augmentation = [v2.RandomHorizontalFlip()]
         if jitter:
             augmentation.append(v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter))
@@ -91,9 +91,11 @@ class Views(Dataset):
 
     def augment(self, views):
         """Flip and jitter both views with the same draws, as v2 does with all tv_tensors of one call."""
-        views = {name: tv_tensors.Image(to_float(view)) for name, view in views.items()}
-        views = self.augmentation(views)                               # on floats: twice as fast as on uint8
-        return {name: (255 * view).round().to(torch.uint8) for name, view in views.items()}
+        views = {name: tv_tensors.Image(view) for name, view in views.items()}
+        if not self.jitter:
+            return {name: view.as_subclass(torch.Tensor) for name, view in self.augmentation(views).items()}
+        views = {name: to_float(view) for name, view in views.items()}    # twice as fast as on uint8
+        return {name: (255 * view).round().to(torch.uint8) for name, view in self.augmentation(views).items()}
 
 
 def centre_box(width, height):
