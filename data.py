@@ -91,11 +91,12 @@ class Views(Dataset):
 
     def augment(self, views):
         """Flip and jitter both views with the same draws, as v2 does with all tv_tensors of one call."""
-        views = {name: tv_tensors.Image(view) for name, view in views.items()}
-        if not self.jitter:
-            return {name: view.as_subclass(torch.Tensor) for name, view in self.augmentation(views).items()}
-        views = {name: to_float(view) for name, view in views.items()}    # twice as fast as on uint8
-        return {name: (255 * view).round().to(torch.uint8) for name, view in self.augmentation(views).items()}
+        if self.jitter:                                                # on floats, twice as fast as on uint8
+            views = {name: to_float(view) for name, view in views.items()}
+        views = self.augmentation({name: tv_tensors.Image(view) for name, view in views.items()})
+        if self.jitter:
+            return {name: (255 * view).round().to(torch.uint8) for name, view in views.items()}
+        return {name: view.as_subclass(torch.Tensor) for name, view in views.items()}
 
 
 def centre_box(width, height):
