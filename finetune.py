@@ -67,8 +67,6 @@ def parse_args(argv=None):
     add("--eval-crop", type=launch.number(float, 1e-6, 1), default=0.875,
         help="side of the evaluated centre crop / shorter side of the image")
     args = launch.parse(parser, PRESETS, argv)
-    if args.init == "none" and args.eval:
-        parser.error("--init: there is nothing to evaluate with none; give a model.pt")
     return args
 
 

@@ -25,6 +25,8 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
     Returns a Checkpoint, or None for --init none. Raises UserError.
     """
     if args.init == "none":
+        if evaluate:
+            raise UserError("--init: there is nothing to evaluate with none; give a model.pt")
         if args.image_size is None:
             args.image_size = 64 if args.preset == "demo" else 224
         return None

@@ -48,8 +48,6 @@ def parse_args(argv=None):
     args = launch.parse(parser, PRESETS, argv)
     if args.scale[0] > args.scale[1]:
         parser.error(f"--scale: the smaller number comes first, got {args.scale[0]} {args.scale[1]}")
-    if args.init == "none" and args.eval:
-        parser.error("--init: there is nothing to evaluate with none; give a model.pt")
     return args
 
 

@@ -1,4 +1,5 @@
 """README and docs: what they name exists."""
+import dataclasses
 import importlib
 import re
 import shlex
@@ -6,7 +7,12 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
+
+import vit
+from shapes import Shapes
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = "pretrain|train_dvae|finetune|segment|probe|visualize"
@@ -79,3 +85,20 @@ def test_commands_are_taken(page):
 def test_commands_are_found():
     found = [command for page in PAGES for command in commands(page.read_text())]
     assert len(found) > 50 and {script for script, _ in found} == set(SCRIPTS.split("|"))
+
+
+def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    """Those of the README, for a masked image model and five image files."""
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    config = vit.ViTConfig(image_size=32, patch_size=8, dim=16, depth=3, heads=2)
+    model = vit.MaskedImageModel(config, 8)
+    (tmp_path / "runs/pretrain-shapes").mkdir(parents=True)
+    torch.save({"model": model.state_dict(), "config": {"vit": dataclasses.asdict(config), "vocab_size": 8},
+                "kind": "MaskedImageModel"}, tmp_path / "runs/pretrain-shapes/model.pt")
+    for index, name in enumerate("abcde"):
+        Shapes("val")[index][0].save(tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, found := {})
+    pixels = torch.stack([found["images"][k] for k in range(5)])
+    expected = F.normalize(model.eval().norm(model.hidden_states(pixels)[2])[:, 1:].mean(dim=1), dim=1)
+    assert torch.allclose(found["features"], expected, atol=1e-6) and "1.0000" in capsys.readouterr().out

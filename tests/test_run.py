@@ -225,7 +225,7 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, catch_kill, capsys, nu
     with pytest.raises(Killed) as killed:
         train(run, before_update=before_update, evaluate=evaluate)
     assert killed.value.args == (os.getpid(), number) and signal.getsignal(number) == signal.SIG_DFL
-    assert f"{number.name}: stopped after step {stops_after}; continue without --fresh" in capsys.readouterr().out
+    assert f"{number.name}: stopped after step {stops_after}; continue" in capsys.readouterr().out
     steps = [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")]
     assert steps == [stops_after, 2] and len(read_log(tmp_path)) == stops_after
 
