@@ -56,7 +56,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     """Parameter groups for AdamW, with layer-wise learning-rate decay (Table 13).
 
     The learning rate of layer l is multiplied by "lr_scale" = layer_decay ** (L + 1 - l). Layer 0 holds the
-    embeddings and a shared position bias, layers 1 to L the blocks, layer L + 1 the heads. As in the released
+    embeddings, layers 1 to L the blocks, layer L + 1 the heads and a shared position bias. As in the released
     code, vectors, [S] and E_pos have no weight decay.
     """
     depth, groups = len(model.blocks), {}
@@ -64,7 +64,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
         layer = depth + 1
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed", "rel_pos_bias")):
+        elif name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
             layer = 0
         scale = layer_decay ** (depth + 1 - layer)
         decay = 0.0 if parameter.dim() == 1 or name in ("cls_token", "pos_embed") else weight_decay

@@ -139,10 +139,10 @@ def test_initial_weights_of_the_segmenter_are_pytorchs():
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("Model", HEADS)
 def test_parameter_groups(Model, position):
-    """0.5 ** (L + 1 - l): l = 0 for embeddings and a shared table, 1 and 2 for the blocks, 3 for the head."""
+    """0.5 ** (L + 1 - l): l = 0 for embeddings, 1 and 2 for the blocks, 3 for heads and a shared table."""
     model, expected = Model(small(position, depth=2, layer_scale=0.1), 5), {}
     for name, parameter in model.named_parameters():
-        start = re.match(r"blocks\.[01]|norm|fc_norm|head|lm_head|decoder|", name)[0]
+        start = re.match(r"blocks\.[01]|norm|fc_norm|head|lm_head|decoder|rel_pos_bias|", name)[0]
         scale = {"blocks.0": 0.25, "blocks.1": 0.5, "": 0.125}.get(start, 1)
         vector = re.search(r"bias$|norm|gamma|decoder\.[147]\.", name)    # GroupNorms are every third layer
         expected[parameter] = scale, 0 if vector or name in ("cls_token", "pos_embed") else 0.05
