@@ -20,7 +20,6 @@ import launch
 import pretrain
 import run as run_module
 import train_dvae
-import vit
 from run import Run, UserError
 
 CPU = torch.device("cpu")
@@ -86,22 +85,6 @@ def test_learning_rate_schedule():
     assert max(run_module.warmup_cosine(step, 4, 1.0, 2.0, 0.4) for step in range(4)) == 1
     assert [run_module.cosine(step, 10, 3.0, 1.0) for step in (0, 10, 99)] == [3, 1, 1]
     assert run_module.cosine(5, 0, 3.0, 1.0) == 1
-
-
-@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
-def test_parameter_groups(position):
-    """0.5 ** (depth + 1 - l): l = 0 for embeddings and a shared table, 1 and 2 for blocks, 3 for the head."""
-    config = vit.ViTConfig(16, 8, dim=8, depth=2, heads=2, position=position, layer_scale=0.1)
-    for model in (vit.MaskedImageModel(config, 5), vit.ImageClassifier(config, 3)):
-        expected = {}
-        for name, parameter in model.named_parameters():
-            start = re.match(r"blocks\.[01]|norm|fc_norm|head|lm_head|", name)[0]
-            scale = {"blocks.0": 0.25, "blocks.1": 0.5, "": 0.125}.get(start, 1)
-            decay = 0 if re.search(r"bias$|norm|gamma|cls_token|pos_embed", name) else 0.05
-            expected[parameter] = scale, decay
-        groups = run_module.parameter_groups(model, 0.05, 0.5)
-        found = [(p, (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
-        assert len(found) == len(expected) and dict(found) == expected
 
 
 def test_each_step_has_the_learning_rates_of_its_groups(tmp_path):
