@@ -15,6 +15,7 @@ import data
 import launch
 import plots
 import pretrained
+import run_folder
 import vit
 from run import Run, parameter_groups
 
@@ -67,6 +68,10 @@ def parse_args(argv=None):
     add("--eval-crop", type=launch.number(float, 1e-6, 1), default=0.875,
         help="side of the evaluated centre crop / shorter side of the image")
     args = launch.parse(parser, PRESETS, argv)
+    images = args.batch_size // (launch.world_size() * args.accumulate)
+    if images < 2 and (args.mixup or args.cutmix) and not args.eval:
+        parser.error("--mixup, --cutmix: need two images or more in each process and part, got one of "
+                     f"--batch-size {args.batch_size}; give --mixup 0 --cutmix 0, or a larger batch")
     return args
 
 
@@ -88,7 +93,8 @@ def train(args, device):
     if args.eval:
         launch.say(f"{len(val_set)} held-out images: {launch.format_metrics(evaluate_model())}")
         return
-    run = Run(args, device, num_images=len(train_set))
+    run = Run(args, device, len(train_set),
+              run_folder.inputs(args, train_set.source, val_set.source, classes))
     if run.finished:
         return
     launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")

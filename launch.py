@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float from low to high."""
     def convert(argument):
         value = kind(argument)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high or value == math.inf:
             expected = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"must be {expected}, got {argument}")
         return value
@@ -61,13 +61,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
+        if message.startswith("unrecognized") and self.epilog:
+            message += f" ({self.epilog})"
         super().error(message)
 
 
-def make_parser(script, description):
-    """A parser with the flags of all training scripts, for a script's __file__ and __doc__."""
+def make_parser(script, description, epilog=None):
+    """A parser with the flags of all training scripts, for a script's __file__ and __doc__.
+
+    epilog: a last line of the help, also shown after an unknown flag.
+    """
     parser = Parser(prog=Path(script).name, usage="%(prog)s [flags]", allow_abbrev=False,
-                    description=description.split("\n\n")[0], formatter_class=Parser.HelpFormatter)
+                    description=(description or "").split("\n\n")[0],    # python -OO: none
+                    epilog=epilog, formatter_class=Parser.HelpFormatter)
     add = parser.add_argument
     add("--data", type=text, default="shapes",
         help="shapes, fashion-mnist, cifar10, cifar100, or a folder of images")
@@ -182,8 +188,10 @@ def parse(parser, presets, argv=None):
     if "min_lr" not in args.given:
         args.min_lr *= scale
     args.out = args.out or f"runs/{Path(parser.prog).stem}-{Path(args.data).resolve().name}"
+    if args.download and args.data not in ("fashion-mnist", "cifar10", "cifar100"):
+        parser.error(f"--download: only for fashion-mnist, cifar10 and cifar100, not for {args.data}")
     parts = world_size() * args.accumulate
-    if args.batch_size % parts:
+    if args.batch_size % parts and not getattr(args, "eval", False):
         possible = math.ceil(args.batch_size / parts) * parts
         parser.error(f"--batch-size: must be a multiple of {world_size()} processes x {args.accumulate} "
                      f"parts, such as {possible}, got {args.batch_size}")
@@ -222,28 +230,76 @@ def format_metrics(report):
 def start(parse_args, train):
     """The main() of a training script: parse the flags, join the other processes, train(args, device)."""
     with one_line_errors():
+        check_environment()
         args = parse_args()
         train(args, join_processes(args.device, args.precision))
         if dist.is_initialized():
             dist.destroy_process_group()    # not after an error: it would wait for the other processes
 
 
+def check_environment():
+    """Raise UserError if RANK and WORLD_SIZE are not those of a process that torchrun started."""
+    values = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
+        raise UserError("RANK={} and WORLD_SIZE={} in the environment: a rank must be from 0 to WORLD_SIZE - "
+                        "1, as torchrun sets them".format(*values))
+
+
+class Output:
+    """A stream that cannot stop a run: closed, a pipe whose reader went away, a file on a full disk."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")                  # None if it was closed at the start
+
+    def write(self, text):
+        self.call(self.stream.write, text)
+
+    def flush(self):
+        self.call(self.stream.flush)
+
+    def call(self, method, *args):
+        try:
+            method(*args)
+        except (OSError, ValueError):
+            with suppress(OSError):
+                self.stream.close()                                    # Python would flush it at its exit
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+KNOWN_ERRORS = {    # RuntimeErrors of PyTorch: a part of the message -> the line to print
+    "DataLoader worker": "--workers: a loader process was killed, perhaps for lack of memory; use fewer",
+    "No working C++ compiler": "--compile: this machine has no C++ compiler; install g++ or clang",
+    "Cannot find a working triton": "--compile: PyTorch's Triton is not installed, or does not know this GPU"}
+
+
 @contextmanager
 def one_line_errors():
-    """Print UserError, OSError and FloatingPointError as one line. Exit with 2 for UserError, otherwise 1."""
+    """Print wrong input and failures of the machine as one line. Exit with 2 for UserError, otherwise 1."""
     with suppress(AttributeError):                                     # a file name may not be valid UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except (UserError, OSError, FloatingPointError) as error:
-        wrong_input = isinstance(error, UserError)                     # all processes raise it, one prints it
-        if not wrong_input or os.environ.get("LOCAL_RANK", "0") == "0":
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        try:
+            yield
+        except (UserError, OSError, FloatingPointError) as error:
             message = str(error).strip() or type(error).__name__
             line = message.splitlines()[-1].removeprefix("OSError: ")  # a loader's error is a whole traceback
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2 if wrong_input else 1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+            exit_with(line, wrong_input=isinstance(error, UserError))
+        except RuntimeError as error:
+            lines = [line for part, line in KNOWN_ERRORS.items() if part in str(error)]
+            if not lines:
+                raise
+            exit_with(lines[0])
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+
+
+def exit_with(line, wrong_input=False):
+    """Print an error and exit. All processes find the same wrong input; one of them prints it."""
+    if not wrong_input or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2 if wrong_input else 1)
 
 
 def join_processes(device, precision):

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 import data
 import launch
 import plots
+import run_folder
 import train_dvae
 import vit
 import weights
@@ -42,7 +43,8 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The flags of pretrain.py. Exits with argparse's message if they do not fit together."""
-    parser = launch.make_parser(__file__, __doc__)
+    parser = launch.make_parser(__file__, __doc__, epilog="flags of the tokenizer belong to train_dvae.py, "
+                                "whose model.pt --tokenizer accepts")
     launch.add_model_flags(parser, defaults=vit.ViTConfig())
     add = parser.add_argument
     add("--tokenizer", type=launch.text, help="model.pt of train_dvae.py, or DALL-E's encoder.pkl beside its "
@@ -74,6 +76,8 @@ def parse_args(argv=None):
                      f"{args.mask_ratio:g}")
     if args.masking == "none" and (args.predict != "all" or args.target != "tokens"):
         parser.error("--masking none needs --predict all and --target tokens, to have something to learn")
+    if args.masking == "none" and "mask_ratio" in args.given:
+        parser.error("--mask-ratio: not used with --masking none")
     if args.masking != "blockwise" and (args.log_aspect or not args.exact_masks):
         parser.error("--log-aspect and --no-exact-masks: only with --masking blockwise")
     tokenizer_training = {"tokenizer_preset", "tokenizer_steps"} & set(args.given)
@@ -94,14 +98,17 @@ def train(args, device):
     tokenizer = None
     if args.tokenizer:                                                 # before Run, which makes the folder
         tokenizer = load_tokenizer(args.tokenizer, args, config, held_out)
-    run = Run(args, device, num_images=len(source))
+    run = Run(args, device, len(source), run_folder.inputs(args, source, held_out))
     if run.finished:
         return
     if args.target == "tokens" and tokenizer is None:                  # trained in the folder of the run
-        flags = train_dvae.flags_for_pretraining(args, config.grid, run.steps, len(source))
-        launch.say(f"python train_dvae.py {shlex.join(flags)}")
-        path = train_dvae.train(train_dvae.parse_args(flags), device)
+        path = run.folder / "tokenizer" / "model.pt"
+        if not launch.on_first_process(path.with_name("result.json").exists):    # it is not finished
+            flags = train_dvae.flags_for_pretraining(args, config.grid, run.steps, len(source))
+            launch.say(f"python train_dvae.py {shlex.join(flags)}")
+            train_dvae.train(train_dvae.parse_args(flags), device)
         tokenizer = load_tokenizer(path, args, config, held_out)
+        run.depends_on(tokenizer_file=run_folder.describe_file(path))
     model = build_model(args, config, tokenizer, device)
     views, val_views = open_views(args, config, source, held_out, tokenizer)
     collate_views = partial(collate, predict=args.predict)
@@ -118,8 +125,10 @@ def train(args, device):
             z = targets_at(places, images, token_images, model, tokenizer)    # argmax q(z | x), or pixels
             logits = network(images, mask, places)                     # of p(z' | x^M), (M, V)
         loss, accuracy = loss_and_accuracy(logits, z)                  # Eq. 1, which is Eq. 3, stage 2
-        run.update(loss, accuracy=accuracy)
-    run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
+        run.update(loss, count=1.0 if args.exact_masks else len(z), accuracy=accuracy)
+    report = run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
+    if report["val_loss"] > report["unigram_entropy" if tokenizer else "mean_loss"]:
+        launch.say("warning: val_loss is above the loss of a prediction that ignores the image")
     images, token_images, mask, _ = to_device(data.sample_batch(val_views, 12, collate_views), device)
     run.draw("predictions.png", plots.draw_predictions, model, tokenizer, images, token_images, mask)
 
@@ -182,6 +191,7 @@ def evaluate(model, tokenizer, views, args, device):
 def load_tokenizer(path, args, config, held_out):
     """The tokenizer in a file. Raises UserError if it gives all patches of eight images the same token."""
     tokenizer = weights.load_tokenizer(path)
+    train_dvae.compare_sizes(tokenizer, config.grid)
     _, views = open_views(args, config, held_out, held_out, tokenizer)    # only the held-out views are needed
     images = data.to_float(data.sample_batch(views, 8)["token_image"])
     if tokenizer.tokenize(images).unique().numel() == 1:

@@ -3,6 +3,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import run_folder
 import weights
 from launch import UserError, say
 from positions import TABLE, resize_positions
@@ -39,6 +40,7 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
         if not Path(args.init).is_file():
             raise UserError(f"--init: {args.init} does not exist; {script} writes it, --init FILE names "
                             "another checkpoint, --init none trains from scratch")
+        run_folder.check_default("init", args.init, args)
     state, info = weights.load(args.init)
     if evaluate and "image_size" not in args.given:
         args.image_size = None                                         # the checkpoint's, not the preset's

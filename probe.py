@@ -16,6 +16,7 @@ import data
 import launch
 import plots
 import pretrained
+import run_folder
 import vit
 from run import Run
 
@@ -50,6 +51,11 @@ def parse_args(argv=None):
         parser.error("--accumulate: not supported, because features are normalised over the whole batch")
     if args.init == "none":
         parser.error("--init none: there are no features to evaluate; give a model.pt")
+    of_training = ("steps", "epochs", "lr", "min_lr", "warmup", "weight_decay", "clip_grad", "crop_scale",
+                   "compile", "log_every", "save_every", "eval_every")
+    for name in args.given:
+        if name in (of_training if args.knn else ["neighbours"]):
+            parser.error(f"--{name.replace('_', '-')}: not used {'with' if args.knn else 'without'} --knn")
     if args.knn and "out" not in args.given:
         args.out += "-knn"
     return args
@@ -69,7 +75,8 @@ def train(args, device):
     model = LinearProbe(config, len(classes))
     pretrained.load_weights(model, checkpoint, classes)
     model.to(device)
-    run = Run(args, device, num_images=None if args.knn else len(train_set))
+    run = Run(args, device, None if args.knn else len(train_set),
+              run_folder.inputs(args, train_set.source, val_set.source, classes))
     if run.finished:
         return
     launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")
@@ -207,7 +214,7 @@ def extract(model, dataset, args, device):
     features = [torch.empty(0, model.config.depth, 2, model.config.dim, dtype=torch.half)]
     labels = [torch.empty(0, dtype=torch.int64)]                       # a process may have no images
     model.eval()
-    for images, targets in data.val_loader(dataset, args, device, batch_size=64):    # in order, each once
+    for images, targets in data.val_loader(dataset, args, device):    # in order, each once
         with launch.autocast(args.precision, device):
             pooled = pool(model.hidden_states(data.to_float(images.to(device))))
         features.append(F.normalize(pooled.float(), dim=-1).half().cpu())

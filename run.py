@@ -7,17 +7,14 @@
         run.update(loss)                                        # backward, AdamW, evaluate, log, save
     run.finish(model, config)                                   # model.pt and result.json
 """
-import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -28,7 +25,9 @@ from tqdm import tqdm
 
 import data
 import launch
+import run_folder
 from launch import UserError, format_metrics, make_parser, parse, rank, say, scalars, world_size
+from run_folder import becomes_visible, write_atomically, write_json
 
 __all__ = ["Run", "UserError", "make_parser", "parse"]    # scripts outside this folder call run.parse
 
@@ -80,34 +79,6 @@ def update_average(average, model, decay):
         mean.lerp_(new, 1 - decay)
 
 
-# ---- Files ----
-
-def write_atomically(path, write, backup=None):
-    """Call write(file) on a new file, fsync, and rename it to path, so that path is never half-written.
-
-    backup: new name of the file that was at path. Raises OSError, which reports the free disk space.
-    """
-    new = Path(f"{path}.part")
-    try:
-        with open(new, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:                           # torch.save raises RuntimeError, too
-        new.unlink(missing_ok=True)
-        free = shutil.disk_usage(Path(path).parent).free / 2 ** 20
-        raise OSError(f"{path} could not be written ({error}); {free:,.1f} MiB are free") from None
-    if backup and Path(path).exists():
-        os.replace(path, backup)
-    os.replace(new, path)
-
-
-def write_json(path, value):
-    """Write JSON atomically, with null for numbers that are not finite."""
-    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
 def count_steps(args, num_images):
     """(steps of a run, steps per epoch) for num_images training images. An incomplete batch is dropped."""
     steps_per_epoch = num_images // args.batch_size
@@ -126,7 +97,8 @@ class StopSignal:
     def __init__(self):
         self.received = 0                                              # the signal, 0 = none
         self.handlers = {number: signal.signal(number, self.note_signal)
-                         for number in (signal.SIGTERM, signal.SIGINT)}
+                         for number in (signal.SIGTERM, signal.SIGINT)
+                         if signal.getsignal(number) != signal.SIG_IGN}    # as of nohup, or trap '' INT
 
     def note_signal(self, number, frame):
         if number == signal.SIGINT and self.received == signal.SIGINT:    # a second Ctrl-C does not wait
@@ -149,34 +121,33 @@ class StopSignal:
             os.kill(os.getpid(), self.received)
 
 
-MAY_CHANGE = ("out", "fresh", "workers", "device", "data_root", "download")    # when a run continues
-
-
 class Run:
     """A training run in the folder args.out: it is opened, continued, logged, saved and finished here.
 
     The folder holds config.json, metrics.jsonl, last.pt (the newest checkpoint), previous.pt (the one before
     it), and at the end model.pt and result.json. Rank 0 writes, all processes read.
 
-    num_images: the number of training images; None for an evaluation without training. Raises UserError if
-    they do not fill a batch, or if the folder holds another configuration, is in use, or is not visible on
-    all machines.
+    num_images: the number of training images; None for an evaluation without training.
+    inputs: what else the run depends on, as of run_folder.inputs.
+    Raises UserError if the images do not fill a batch, or if the folder holds another run or other files, is
+    in use, or is not visible on all machines.
 
     steps       optimizer steps of the whole run
     step        optimizer steps done so far
     finished    whether the run is already finished; then nothing is left to do
     """
 
-    def __init__(self, args, device, num_images):
+    def __init__(self, args, device, num_images, inputs=None):
         self.args, self.device, self.folder = args, device, Path(args.out)
         self.steps, self.step, self.report = 0, 0, {}
         if num_images is not None:
             self.steps, steps_per_epoch = count_steps(args, num_images)
         try:
-            self.finished = launch.on_first_process(self._open_folder)
+            self.finished = launch.on_first_process(lambda: self._open_folder(inputs or {}))
         except OSError as error:
-            raise UserError(f"--out: {error}") from None
-        seen = torch.tensor(float((self.folder / "config.json").exists()), device=device)
+            reason = f"{error.filename} cannot be used ({error.strerror})" if error.filename else error
+            raise UserError(f"--out: {reason}") from None
+        seen = torch.tensor(float(becomes_visible(self.folder / "config.json")), device=device)
         if launch.all_sum(seen) < world_size():                        # rank 0 wrote the file
             raise UserError(f"--out: {self.folder} is not visible on all machines; name a shared folder")
         if self.finished:
@@ -253,24 +224,28 @@ class Run:
                 yield next(loader)
         self.stop.restore_handlers()
 
-    def update(self, loss, **scores):
+    def update(self, loss, count=1.0, **scores):
         """Add the gradient of one part of a batch; after the last part, step, evaluate, log and save.
 
         loss: the mean over the part. scores: more scalars for the log; None is left out. Means over parts and
-        processes are logged. Raises FloatingPointError if the mean loss is not finite.
+        processes are logged. count: the number of things, such as pixels, that loss and scores are means of,
+        if it differs between parts. A step then takes the mean over the things of all parts and processes.
+        Raises FloatingPointError if the mean loss is not finite.
         """
-        self.scaler.scale(loss / self.args.accumulate).backward()
+        self.scaler.scale(loss * count / self.args.accumulate).backward()
         scores = {name: score for name, score in scores.items() if score is not None}
-        values = [loss.new_full((), x) if isinstance(x, float) else x for x in (loss, *scores.values())]
-        self.sums = self.sums + torch.stack(values).detach()
+        values = [loss.new_full((), x) if isinstance(x, float) else x for x in (1.0, loss, *scores.values())]
+        self.sums = self.sums + torch.stack(values).detach() * count
         if not self.last_part:
             return
-        means, stop_requested = self._all_reduce(self.sums / self.args.accumulate)
+        (count, *means), stop_requested = self._all_reduce(self.sums / self.args.accumulate)
+        count = count or 1.0                                           # no thing at all: the sums are 0
+        means = [mean / count for mean in means]
         self.synced_at = time.perf_counter()
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"step {self.step + 1}: the loss is {means[0]}; the last checkpoint is "
                                      "kept; try a lower --lr, or --precision bf16 or fp32")
-        grad_norm = self._step_optimizer()
+        grad_norm = self._step_optimizer(count)
         self.step += 1
         last = self.step == self.steps
         due = last or self.step % self.args.eval_every == 0 or (self.step == 1 and self.evaluate_first)
@@ -284,14 +259,17 @@ class Run:
     def _all_reduce(self, values):
         """Means of a vector over processes, as floats, and whether one of them received a signal to stop."""
         received = values.new_full((1,), float(self.stop.received > 0))
-        means = launch.all_sum(torch.cat([values, received]) / world_size())
+        means = launch.all_sum(torch.cat([values, received])) / world_size()
         *means, received = means.tolist()                              # the only wait for the GPU in a step
         return means, received > 0
 
-    def _step_optimizer(self):
-        """Clip the gradient to norm args.clip_grad, and step. Returns the norm before clipping."""
+    def _step_optimizer(self, count):
+        """Divide the gradient by count, clip it to norm args.clip_grad, and step. Returns its norm."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if count != 1 and parameter.grad is not None:
+                parameter.grad /= count
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -323,14 +301,14 @@ class Run:
         if ten_times_a_run or evaluated:
             say(f"step {step}/{self.steps}  {format_metrics(values)}")
 
-    def finish(self, model, config):
+    def finish(self, model, config, **more):
         """Write result.json, and model.pt, which --init and --tokenizer accept: weights, config, class name.
 
-        The result is the report of the last evaluation. Returns it.
+        more: further entries of model.pt. The result is the report of the last evaluation. Returns it.
         """
         report = self.report or self.evaluate()                        # resumed with no steps left
         if rank() == 0:
-            kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__}
+            kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__, **more}
             write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
         self.write_result(report)
         return report
@@ -342,6 +320,7 @@ class Run:
             write_json(self.folder / "result.json", report)
         if dist.is_initialized():
             dist.barrier()                                             # the others may read the folder next
+        becomes_visible(self.folder / "result.json")
 
     def draw(self, name, draw_figure, *inputs):
         """Save the figure draw_figure(*inputs) in the folder. An error is only a warning."""
@@ -357,44 +336,14 @@ class Run:
 
     # ---- The folder ----
 
-    def _open_folder(self):
-        """Make the folder or check that it holds this configuration. Returns whether the run is finished."""
-        file = self.folder / "config.json"
-        config = {name: value for name, value in vars(self.args).items() if name != "given"}
-        config = json.loads(json.dumps(config))                        # tuples become lists, as in the file
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun: continue it
-        if self.args.fresh and file.exists() and not restarted:
-            self._lock()
-            new_names = (Path(f"{self.folder}.old-{n}") for n in itertools.count(1))
-            self.folder.rename(next(name for name in new_names if not name.exists()))
-        self._lock()
-        if not file.exists():
-            write_json(file, config)
-        try:
-            before = dict(json.loads(file.read_bytes()))
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"--out: {file} is not JSON; name another --out, or rename this one with "
-                            "--fresh") from None
-        differ = [f"{name} was {before.get(name)}, now {config.get(name)}" for name in before | config
-                  if name not in MAY_CHANGE and before.get(name) != config.get(name)]
-        if differ:
-            raise UserError(f"--out: {self.folder} holds a run with other flags: {', '.join(differ)}; "
-                            "name another --out, or rename this one with --fresh")
-        return (self.folder / "result.json").exists()
+    def _open_folder(self, inputs):
+        """Open the folder, and keep it locked. Returns whether the run is finished."""
+        finished, self._lock = run_folder.open_folder(self.args, inputs)
+        return finished
 
-    def _lock(self):
-        """Make the folder if there is none, and lock it for as long as this object lives."""
-        try:
-            import fcntl
-        except ImportError:
-            raise UserError("--out: this system has no fcntl, which locks the folder of a run; Linux, macOS "
-                            "and WSL have it") from None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = open(self.folder / "lock", "w")              # locked while it is open
-        try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--out: {self.folder} is in use by another process; name another") from None
+    def depends_on(self, **inputs):
+        """Add inputs, as of run_folder.inputs, that are known only now. Raises UserError if they differ."""
+        launch.on_first_process(lambda: run_folder.record(self.args, inputs))
 
     def _save(self):
         """Write last.pt, all that is needed to continue; the one before becomes previous.pt."""
@@ -411,40 +360,15 @@ class Run:
     def _restore(self):
         """Load the last intact checkpoint, if there is one, and cut the log back to it."""
         log, log_size = self.folder / "metrics.jsonl", 0
-        if launch.on_first_process(self._choose_checkpoint):
+        if launch.on_first_process(lambda: run_folder.choose_checkpoint(self.folder)):
             state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
             for name, part in self.stateful.items():
                 if state[name]:                                        # a scaler that was off has no state
                     part.load_state_dict(state[name])
             self.step, log_size = state["step"], state["log_size"]
+            if self.step > self.steps:
+                raise UserError(f"--out: {self.folder} holds step {self.step} of a longer run, and this one "
+                                f"has {self.steps} steps; name another --out, or start over with --fresh")
             say(f"continuing {self.folder} after step {self.step} of {self.steps}")
         if rank() == 0 and log.exists():
             os.truncate(log, min(log_size, log.stat().st_size))
-
-    def _choose_checkpoint(self):
-        """Make last.pt the last intact checkpoint. Returns whether there is one.
-
-        A damaged last.pt is renamed, and previous.pt takes its place. Raises UserError if none is intact.
-        """
-        last, damaged = self.folder / "last.pt", []
-        for path in (last, self.folder / "previous.pt"):
-            if not path.exists():
-                continue
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    broken = archive.testzip()                         # torch.load skips the checksums
-                if broken:
-                    raise ValueError(f"{broken} fails its checksum")
-                torch.load(path, map_location="meta", weights_only=True)["step"]
-            except Exception as error:                                 # zipfile and torch raise a dozen kinds
-                reason = " ".join(str(error).split())[:200]
-                damaged.append(f"{path} is damaged ({type(error).__name__}: {reason})")
-                continue
-            if damaged:
-                say(f"warning: {damaged[0]} and set aside; {path} is used")
-                os.replace(last, f"{last}.damaged")
-            os.replace(path, last)                                     # does nothing if path is last.pt
-            return True
-        if damaged:
-            raise UserError(f"--out: {' and '.join(damaged)}; restore a backup, or start over with --fresh")
-        return False

@@ -15,6 +15,7 @@ import data
 import launch
 import plots
 import pretrained
+import run_folder
 import vit
 from run import Run, parameter_groups
 
@@ -69,7 +70,8 @@ def train(args, device):
     if args.eval:
         launch.say(f"{len(val_set)} held-out images: {launch.format_metrics(evaluate_model())}")
         return
-    run = Run(args, device, num_images=len(train_set))
+    run = Run(args, device, len(train_set),
+              run_folder.inputs(args, train_set.source, val_set.source, classes))
     if run.finished:
         return
     launch.say(f"{len(classes)} classes, {len(train_set)} training images, {len(val_set)} held out")
@@ -79,7 +81,7 @@ def train(args, device):
         images, maps = images.to(device, non_blocking=True), maps.to(device, non_blocking=True)
         with run.autocast():
             logits = network(data.to_float(images))                    # (B, C, H, W)
-        run.update(pixel_loss(logits, maps))
+        run.update(pixel_loss(logits, maps), count=(maps != data.IGNORE).sum())
     report = run.finish(model, {"vit": dataclasses.asdict(config), "classes": classes})
     launch.say("IoU by class: " + launch.format_metrics(report["iou"]))
     run.draw("segments.png", draw, model, val_set, classes, args, device)

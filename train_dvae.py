@@ -13,6 +13,7 @@ import torch
 import data
 import launch
 import plots
+import run_folder
 from dvae import DiscreteVAE
 from run import Run, cosine, count_steps, warmup_cosine
 
@@ -72,6 +73,8 @@ def parse_args(argv=None):
     if args.image_size % downsample:
         parser.error(f"--image-size: must be a multiple of {downsample} for {args.groups} groups, "
                      f"got {args.image_size}")
+    if args.warmup >= args.lr_ramp < 1:
+        parser.error(f"--warmup: must be less than --lr-ramp, {args.lr_ramp:g}, got {args.warmup:g}")
     return args
 
 
@@ -95,13 +98,22 @@ def flags_for_pretraining(args, grid, steps, num_images):
     return [*flags, "--steps", str(args.tokenizer_steps or min(steps, preset_steps))]
 
 
+def compare_sizes(tokenizer, grid):
+    """Warn if a tokenizer was trained on images of another size than it gets for a grid of patches."""
+    side, factor, trained = grid[0], tokenizer.downsample, tokenizer.image_size
+    if trained not in (None, side * factor):
+        launch.say(f"warning: the tokenizer was trained on images of {trained} pixels, and gets images of "
+                   f"{side * factor}: {side} patches x {factor} pixels; train_dvae.py --image-size "
+                   f"{side * factor} fits, or a --patch-size that gives {trained // factor} patches")
+
+
 def train(args, device):
     """Train a tokenizer in the folder args.out, or continue there. Returns the path of its model.pt."""
     source, held_out = data.open_splits(args.data, args.data_root, download=args.download)
     views = data.Views(source, image_size=None, token_size=args.image_size, seed=args.seed,
                        crop_scale=args.crop_scale, jitter=args.jitter)
     val_views = data.Views(held_out, image_size=None, token_size=args.image_size, train=False)
-    run = Run(args, device, num_images=len(source))
+    run = Run(args, device, len(source), run_folder.inputs(args, source, held_out))
     if run.finished:
         return run.folder / "model.pt"
     model, parameter_groups = build_model(args, views, device)
@@ -119,7 +131,7 @@ def train(args, device):
         loss = nll + beta / channels_per_token * kl                    # Eq. 3, stage 1; beta = 1: -ELBO
         mse = (reconstruction - images).square().mean()
         run.update(loss, nll=nll, kl=kl, mse=mse, kl_weight=beta, temperature=temperature)
-    run.finish(average, model.config)
+    run.finish(average, model.config, image_size=args.image_size)
     run.draw("tokenizer.png", draw, average, val_views, args.temperature, device)
     return run.folder / "model.pt"
 
@@ -169,7 +181,7 @@ def evaluate(model, views, args, device):
     report = means.compute()
     counts = sum(launch.all_gather(counts))                            # of all processes
     report |= {"codes": int((counts > 0).sum()), "perplexity": perplexity(counts)}
-    if report["perplexity"] < 0.01 * model.vocab_size:
+    if report["perplexity"] < max(0.01 * model.vocab_size, min(2, 0.75 * model.vocab_size)):
         launch.say(f"warning: the codebook is collapsing, {report['codes']} of {model.vocab_size} codes are "
                    "used; a higher --kl-weight, a lower --encoder-lr or more --steps may help")
     return report

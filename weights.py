@@ -24,7 +24,7 @@ import dvae
 import vit
 from launch import UserError, one_line_errors, say
 from positions import resize_positions, square_grid  # noqa: F401, also weights.resize_positions
-from run import write_atomically, write_json
+from run_folder import write_atomically, write_json
 
 try:
     import safetensors.torch as safetensors
@@ -149,6 +149,7 @@ def load_tokenizer(path):
         contents["config"].pop("in_channels", None)                    # written by earlier versions
         model = dvae.DiscreteVAE(**contents["config"])
         model.load_state_dict(contents["model"], assign=True)
+        model.image_size = contents.get("image_size")
     return model.eval().requires_grad_(False)
 
 

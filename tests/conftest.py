@@ -103,7 +103,8 @@ def pretrained(tmp_path_factory):
 
 def small_args(script, out, *flags):
     """The parsed flags of a small run of a script, given as a module."""
-    return script.parse_args(["--out", str(out), *SHORT, *map(str, flags)])
+    short = SHORT[:4] if "--knn" in flags else SHORT                   # no flags of training
+    return script.parse_args(["--out", str(out), *short, *map(str, flags)])
 
 
 def train_small(script, out, *flags):
@@ -204,7 +205,8 @@ def start(out, *flags, script="pretrain", processes=1, torchrun=(), hurt="", sig
         hurt = at(at_step, "_all_reduce", f"os.kill(os.getpid(), {signal:d})")
     if processes > 1:
         torchrun = ["--standalone", f"--nproc_per_node={processes}", *torchrun]
-    flags = ["--out", out, *(BRIEF if script in ("train_dvae", "probe") else SMALL), *flags]
+    brief = BRIEF[:6] if "--knn" in flags else BRIEF                   # no flags of training
+    flags = ["--out", out, *(brief if script in ("train_dvae", "probe") else SMALL), *flags]
     folder = Path(tempfile.mkdtemp(prefix="beit-"))
     (folder / "program.py").write_text(PROGRAM.format(script=script, hurt=hurt))
     process = PROCESSES.Process(target=_run, args=(folder, list(map(str, flags)), torchrun))

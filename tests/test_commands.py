@@ -49,6 +49,9 @@ WRONG = {
         --masking none --predict all --target pixels | --masking none needs --predict all and --target tokens
         --masking random --log-aspect | --log-aspect and ...: only with --masking blockwise
         --masking random --no-exact-masks | ...--no-exact-masks: only with --masking blockwise
+        --masking none --predict all --mask-ratio 0.3 | --mask-ratio: not used with --masking none
+        --vocab-size 64 | unrecognized arguments: --vocab-size 64 (flags of the tokenizer belong to
+        --download | --download: only for fashion-mnist, cifar10 and cifar100, not for shapes
         --target pixels --tokenizer a.pt | --tokenizer, ...: not used with --target pixels
         --target pixels --tokenizer-steps 3 | ...--tokenizer-steps: not used with --target pixels
         --target pixels --tokenizer-preset demo | ...--tokenizer-preset ...: not used with --target pixels
@@ -70,6 +73,8 @@ WRONG = {
         --vocab-size 1 | argument --vocab-size: must be at least 2, got 1
         --temperature 0 | argument --temperature: must be from 1e-06 to 1, got 0
         --image-size 30 | --image-size: must be a multiple of 4 for 3 groups, got 30
+        --warmup 0.5 --lr-ramp 0.4 | --warmup: must be less than --lr-ramp, 0.4, got 0.5
+        --warmup 0.4 --lr-ramp 0.4 | --warmup: must be less than --lr-ramp, 0.4, got 0.4
         --data F/images --preset demo | --batch-size: 16 is more than the 2 training images
         --out F/text | --out: ...F/text
         --device cuda | --device: found 0 GPUs for 1 processes; use --device cpu""",
@@ -92,6 +97,8 @@ WRONG = {
         --init none --eval | --init: there is nothing to evaluate with none
         --init none --heads 5 | --heads: must be a divisor of dim 128, got 5
         --init none --mask-ratio 0.4 | unrecognized arguments: --mask-ratio 0.4
+        --init none --batch-size 8 --accumulate 8 --mixup 0.8 | --mixup, --cutmix: need two images or more
+        --init none --batch-size 1 --cutmix 0.8 | --mixup, --cutmix: need two images or more
         --init none --layer-decay 0 | argument --layer-decay: must be from 1e-06 to 1, got 0
         --init none --labels 3 | --labels: must be from 10, one per class, to 10000, got 3
         --init none --validate 10000 | --validate: must be from 1 to 9999, got 10000
@@ -122,6 +129,9 @@ WRONG = {
         --init F/pretrained.pt --out F/text | --out: ...F/text
         --init F/pretrained.pt --image-size 30 | --patch-size: must be a divisor of image_size 30, got 8
         --init F/pretrained.pt --labels 3 | --labels: must be from 10, one per class, to 10000, got 3
+        --init F/pretrained.pt --knn --lr 1 | --lr: not used with --knn
+        --init F/pretrained.pt --knn --epochs 1 | --epochs: not used with --knn
+        --init F/pretrained.pt --neighbours 3 | --neighbours: not used without --knn
         --init F/pretrained.pt --knn --neighbours 0 | argument --neighbours: must be at least 1, got 0""",
     "visualize": """
         | the following arguments are required: WHAT

@@ -19,6 +19,7 @@ import pretrain
 import pretrained
 import probe
 import run
+import run_folder
 import segment
 import train_dvae
 import vit
@@ -90,7 +91,7 @@ def read_help(module, flags, monkeypatch, capsys):
     values = r"(?: [A-Z_]+(?= |$)| \{.*?\})*"                          # such as STEPS or {cpu,cuda}
     entry = rf"--([\w-]+)(?:, --no-[\w-]+)?{values} ?(.*?)(?: \(default: (.*)\))?"
     entries = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
-    matches = [re.fullmatch(entry, " ".join(text.split())) for text in entries]
+    matches = [re.fullmatch(entry, " ".join(text.partition("\n\n")[0].split())) for text in entries]
     return {match[1].replace("-", "_"): (match[2], match[3]) for match in matches}
 
 
@@ -106,8 +107,8 @@ def test_help_shows_the_values_of_a_preset(script, preset, monkeypatch, capsys):
 
 
 def code_behind(module):
-    """The source of a script, of launch and run, and of the functions that they call with flags."""
-    code = "".join(map(inspect.getsource, (module, launch, run)))
+    """The source of a script, of what all scripts share, and of the functions that they call with flags."""
+    code = "".join(map(inspect.getsource, (module, launch, run, run_folder)))
     if module is pretrain:
         code += inspect.getsource(train_dvae.flags_for_pretraining)
     others = [function for other in (data, pretrained)
@@ -149,6 +150,45 @@ def test_which_device(monkeypatch, flag, gpus, device):
     else:
         with pytest.raises(UserError, match="^--device: found 1 GPUs for 2 processes; use --device cpu"):
             launch.join_processes(flag, "auto")
+
+
+@pytest.mark.parametrize("rank, processes", [("0", "0"), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+def test_an_environment_that_torchrun_does_not_make(rank, processes, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit):
+        launch.start(None, None)
+    assert f"error: RANK={rank} and WORLD_SIZE={processes} in the env" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [
+    "{python} {script} >&- 2>&-", "{python} {script} >/dev/full", "{python} {script} 2>/dev/full",
+    "({python} {script}; echo $? >status) | true; exit `cat status`"])
+def test_output_that_fails_does_not_end_a_run(command, tmp_path):
+    """Closed, on a full disk, or a pipe that nobody reads: the run goes on, to its own end."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import launch\nfrom tqdm import tqdm\ntime.sleep(0.2)\n"
+                      "with launch.one_line_errors():\n"
+                      "    for i in tqdm(range(3), disable=False):\n"
+                      "        launch.say('x' * 9000); print('warning', file=sys.stderr)\n"
+                      "    open('done', 'w').close()\n    raise launch.UserError('no')\n")
+    done = subprocess.run(["bash", "-c", command.format(python=sys.executable, script=script)], cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert (tmp_path / "done").exists() and done.returncode == 2, done
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("message, line", [
+    ("DataLoader worker (pid(s) 3) exited unexpectedly", "--workers: a loader process was killed"),
+    ("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found", "--compile: this"),
+    ("Cannot find a working triton installation.", "--compile: PyTorch's Triton is not installed"),
+    ("mat1 and mat2 shapes cannot be multiplied", None)])
+def test_failures_of_the_machine_are_one_line(message, line, capsys):
+    with pytest.raises(SystemExit if line else RuntimeError), launch.one_line_errors():
+        raise RuntimeError(f"{message}\nmore")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == bool(line) and (line or "") in printed
 
 
 @pytest.mark.parametrize("error, status, line", [

@@ -121,7 +121,7 @@ def test_the_loss_is_the_mean_over_probes(pretrained, tmp_path):
 @KINDS
 def test_two_processes_equal_one(pretrained, tmp_path, kind):
     """Probes see the same batches, standardised over both processes; neighbours come from both."""
-    flags = ["--init", pretrained, "--steps", 4, *["--knn"] * (kind == "knn")]
+    flags = ["--init", pretrained, *(["--knn"] if kind == "knn" else ["--steps", 4])]
     for process in [start(tmp_path / str(n), *flags, script="probe", processes=n) for n in (1, 2)]:
         finished(process)
     assert result(tmp_path / "1") == result(tmp_path / "2")

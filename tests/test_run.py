@@ -128,6 +128,19 @@ def test_gradients_are_averaged_over_parts_and_clipped(precision, clip, length, 
     assert model.weight.norm().item() == pytest.approx(length)
 
 
+@pytest.mark.parametrize("counts", [(1, 3), (0, 5), (0, 0)])
+def test_parts_are_weighted_by_their_counts(counts, tmp_path):
+    """Of a loss that is the mean over count things; a part may have none."""
+    run, model = open_run(tmp_path, "--accumulate", 2, "--steps", 1, "--clip-grad", 0), nn.Linear(2, 1)
+    prepare(run, model)
+    for part, samples in enumerate(run.batches(Ones())):
+        scale = (2.0, 8.0)[part] if counts[part] else 0.0
+        run.update(scale * model.bias.sum(), count=torch.tensor(counts[part]), score=torch.tensor(scale))
+    mean = sum(n * scale for n, scale in zip(counts, (2.0, 8.0))) / max(1, sum(counts))
+    assert read_log(tmp_path)[0]["grad_norm"] == pytest.approx(mean)
+    assert read_log(tmp_path)[0]["score"] == pytest.approx(mean)
+
+
 def test_the_average_of_weights_begins_with_a_small_decay(tmp_path):
     run = open_run(tmp_path, "--ema", 0.3, "--lr", 0.1, script=train_dvae)
     model, decays = nn.Linear(2, 2), []
@@ -145,11 +158,11 @@ def test_one_all_reduce_per_step(tmp_path, monkeypatch, catch_kill):
     """It brings the means of two processes, and tells both if one should stop or has an infinite loss."""
     run, model = open_run(tmp_path, "--accumulate", 2), nn.Linear(2, 2)
     calls, exchanges_gradients = [], []
-    other = torch.tensor([3.0, 8.0, 0.0])                              # loss, accuracy, whether to stop
+    other = torch.tensor([1.0, 3.0, 8.0, 0.0])                         # count, loss, accuracy, to stop
 
     def all_sum(tensor):
         calls.append(tensor)
-        return tensor + other / 2
+        return tensor + other
 
     prepare(run, model)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -166,12 +179,12 @@ def test_one_all_reduce_per_step(tmp_path, monkeypatch, catch_kill):
     line, = read_log(tmp_path)
     assert (line["loss"], line["accuracy"]) == (2, 5) and "unknown" not in line
     assert len(calls) == 1 and exchanges_gradients == [False, True]
-    other[2] = 1
+    other[3] = 1
     with pytest.raises(Killed, match=str(int(signal.SIGTERM))):
         do_step()
     assert len(calls) == 2 and torch.load(tmp_path / "last.pt")["step"] == 2
     for value in (math.nan, math.inf):
-        other[0] = value
+        other[1] = value
         with pytest.raises(FloatingPointError, match=f"^step 3: the loss is {value}; .*--lr.*--precision"):
             do_step()
 
@@ -211,6 +224,16 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, catch_kill, capsys, nu
     assert f"{number.name}: stopped after step {stops_after}; continue" in capsys.readouterr().out
     steps = [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")]
     assert steps == [stops_after, 2] and len(read_log(tmp_path)) == stops_after
+
+
+def test_a_signal_that_the_caller_ignores_is_ignored(tmp_path, monkeypatch):
+    """As under nohup, or trap '' INT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(open_run(tmp_path), before_update=lambda: signal.raise_signal(signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and len(read_log(tmp_path)) == 10
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_after_the_last_all_reduce_is_not_lost(tmp_path, catch_kill):

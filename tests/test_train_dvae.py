@@ -65,6 +65,28 @@ def test_evaluation_by_hand_and_the_warning_of_a_collapse(capsys):
     assert "warning: the codebook is collapsing, 1 of 512" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("vocab_size", [2, 10, 64, 100, 101])
+def test_small_codebooks_collapse_too(vocab_size, capsys):
+    torch.manual_seed(0)
+    model = dvae.DiscreteVAE(vocab_size, hidden=8, groups=3, blocks_per_group=1)
+    images = (255 * torch.rand(32, 3, 16, 16).cumsum(2).cumsum(3) / 256).byte()
+    model.initialise_codes(data.to_float(images))
+    views = {(0, index): {"token_image": image} for index, image in enumerate(images)}
+    for bias, warns in ((0, False), (1e4, True)):
+        model.encoder.blocks.output.conv.b.data[0] += bias
+        train_dvae.evaluate(model, views, parse("--batch-size", 16), CPU)
+        assert ("warning: the codebook is collapsing" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize("trained, warns", [(None, False), (16, False), (32, True), (8, True)])
+def test_a_tokenizer_at_another_size_than_it_was_trained_at(trained, warns, capsys):
+    tokenizer = dvae.DiscreteVAE(vocab_size=8, hidden=8, groups=3)     # reduces 4x
+    tokenizer.image_size = trained
+    train_dvae.compare_sizes(tokenizer, (4, 4))
+    line = capsys.readouterr().out
+    assert line.startswith(f"warning: the tokenizer was trained on images of {trained} pixels") == warns
+
+
 # ---- Presets ----
 
 def test_the_base_preset_is_dall_es():
