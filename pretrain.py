@@ -9,7 +9,6 @@ batch; V codes; P x P pixels in a patch.
 import argparse
 import dataclasses
 import math
-import shlex
 from functools import partial
 
 import torch
@@ -102,20 +101,15 @@ def train(args, device):
     if run.finished:
         return
     if args.target == "tokens" and tokenizer is None:                  # trained in the folder of the run
-        path = run.folder / "tokenizer" / "model.pt"
-        if not launch.on_first_process(path.with_name("result.json").exists):    # it is not finished
-            flags = train_dvae.flags_for_pretraining(args, config.grid, run.steps, len(source))
-            launch.say(f"python train_dvae.py {shlex.join(flags)}")
-            train_dvae.train(train_dvae.parse_args(flags), device)
+        path = train_dvae.train_for_pretraining(args, config.grid, run, len(source), device)
         tokenizer = load_tokenizer(path, args, config, held_out)
-        run.depends_on(tokenizer_file=run_folder.describe_file(path))
     model = build_model(args, config, tokenizer, device)
     views, val_views = open_views(args, config, source, held_out, tokenizer)
     collate_views = partial(collate, predict=args.predict)
     if args.masking != "none":
         bound = "" if args.exact_masks else "more than "
-        num_masked, num_patches = number_to_mask(args.mask_ratio, config.grid), math.prod(config.grid)
-        launch.say(f"{bound}{num_masked} of {num_patches} patches are masked")
+        num_masked = number_to_mask(args.mask_ratio, config.grid)
+        launch.say(f"{bound}{num_masked} of {math.prod(config.grid)} patches are masked")
     network = run.prepare(model, parameter_groups(model, args.weight_decay),
                           evaluate=partial(evaluate, model, tokenizer, val_views, args, device),
                           evaluate_first=True, log_prefix="")

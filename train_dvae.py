@@ -5,6 +5,7 @@
 import argparse
 import copy
 import math
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,17 @@ def flags_for_pretraining(args, grid, steps, num_images):
     flags = [str(flag) for flag in flags]
     preset_steps, _ = count_steps(parse_args(flags), num_images)
     return [*flags, "--steps", str(args.tokenizer_steps or min(steps, preset_steps))]
+
+
+def train_for_pretraining(args, grid, run, num_images, device):
+    """Train the tokenizer of a run of pretrain.py, in its folder, unless it is there. Returns its path."""
+    path = run.folder / "tokenizer" / "model.pt"
+    if not launch.on_first_process(path.with_name("result.json").exists):    # it is not finished
+        flags = flags_for_pretraining(args, grid, run.steps, num_images)
+        launch.say(f"python train_dvae.py {shlex.join(flags)}")
+        train(parse_args(flags), device)
+    run.depends_on(tokenizer_file=run_folder.describe_file(path))
+    return path
 
 
 def compare_sizes(tokenizer, grid):
