@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from folders import (
     open_image,
     segmentation_classes,
 )
-from launch import UserError, on_first_process, rank, world_size
+from launch import UserError, all_gather, on_first_process, rank, say, world_size
 from shapes import Shapes
 
 BICUBIC, LANCZOS = InterpolationMode.BICUBIC, InterpolationMode.LANCZOS
@@ -49,7 +50,8 @@ class Views(Dataset):
     draw_mask: function of a numpy generator that returns bool (h, w), such as a partial blockwise_mask.
 
     A sample is a dict of "image" and "token_image", uint8 (3, S, S), and "mask", bool (h, w). An entry is
-    missing if its image_size, token_size or draw_mask is None.
+    missing if its image_size, token_size or draw_mask is None. In evaluation, a sample that cannot be read is
+    None.
     """
 
     def __init__(self, source, image_size, token_size, draw_mask=None, *, seed=0, train=True, crop_scale=0.08,
@@ -67,8 +69,10 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, _ = read_sample(self.source, index)
-        sample = {}
+        original = read_sample(self.source, index, self.train)
+        if original is None:
+            return None
+        image, sample = original[0], {}
         with seeded(self.seed, self.train, epoch, index) as rng:
             crop = self.crop(image)
             if self.image_size:
@@ -143,23 +147,27 @@ def seeded(*key):
 MAX_BAD_FILES = 16    # this many unreadable files in a row end a run
 
 
-def read_sample(source, index):
-    """source[index], or the next sample that can be read. Raises OSError if MAX_BAD_FILES in a row cannot."""
+def read_sample(source, index, train=True):
+    """source[index]. If it cannot be read: in training the next sample that can, in evaluation None.
+
+    Raises OSError if MAX_BAD_FILES in a row cannot be read.
+    """
     first_error = None
     tries = min(MAX_BAD_FILES, len(source))
     for i in range(index, index + tries):
         try:
-            return source[i % len(source)]
+            sample = source[i % len(source)]
+            return sample if train or i == index else None
         except BadFile as error:
             first_error = first_error or error
-            warn_once(str(error))
+            warn_once(f"{error}; {'the next one is taken' if train else 'it is not counted'}")
     raise OSError(f"--data: {tries} images in a row cannot be used; the first: {first_error}")
 
 
 @functools.cache
 def warn_once(message):
     """Warn of a file that is skipped. Thanks to the cache, each process does so once."""
-    sys.stderr.write(f"warning: {message}; the next one is taken\n")    # one write, so that lines stay whole
+    sys.stderr.write(f"warning: {message}\n")    # one write, so that lines stay whole
 
 
 # ---- Labelled images ----
@@ -168,18 +176,21 @@ class Labelled(Dataset):
     """An image, uint8 (3, H, W), and its label or class map, uint8 (H, W), for a key (epoch, index).
 
     transform: a transform of torchvision for a PIL image and its label or tv_tensors.Mask, which makes the
-    image a tensor.
+    image a tensor. train: what to do if the image cannot be read, as in read_sample.
     """
 
-    def __init__(self, source, transform, seed=0):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source, transform, seed=0, train=True):
+        self.source, self.transform, self.seed, self.train = source, transform, seed, train
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, key):
         epoch, index = key
-        image, target = read_sample(self.source, index)
+        sample = read_sample(self.source, index, self.train)
+        if sample is None:
+            return None
+        image, target = sample
         with seeded(self.seed, epoch, index):
             if not isinstance(target, np.ndarray):
                 return self.transform(image, target)
@@ -284,16 +295,32 @@ def train_loader(dataset, args, device, start, stop, collate=default_collate, re
 
 
 def val_loader(dataset, args, device, collate=default_collate, num_images=None, batch_size=None):
-    """Load every held-out sample exactly once, split over the processes.
+    """Yield batches of every held-out sample that can be read, exactly once, split over the processes.
 
     batch_size: by default that of a process in training. num_images: load about this many samples, evenly
-    spaced; by default all.
+    spaced; by default all. At the end, says how many could not be read. Raises OSError if none could.
     """
     spacing = math.ceil(len(dataset) / num_images) if num_images else 1
-    indices = range(0, len(dataset), spacing)[rank()::world_size()]
+    wanted = range(0, len(dataset), spacing)
+    indices = wanted[rank()::world_size()]
     size = batch_size or max(1, args.batch_size // args.accumulate // world_size())
     batches = [[(0, index) for index in indices[i:i + size]] for i in range(0, len(indices), size)]
-    return make_loader(dataset, batches, args, device, collate)
+    num_read = 0
+    for count, batch in make_loader(dataset, batches, args, device, partial(collate_readable, collate)):
+        num_read += count
+        if count:
+            yield batch
+    num_read = sum(all_gather(num_read))
+    if not num_read:
+        raise OSError(f"--data: none of {len(wanted)} images to evaluate can be read")
+    if num_read < len(wanted):
+        say(f"warning: {num_read} of {len(wanted)} images are counted; the others cannot be read")
+
+
+def collate_readable(collate, samples):
+    """(number of samples that could be read, a batch of them or None if there are none)."""
+    samples = list(filter(None, samples))
+    return len(samples), collate(samples) if samples else None
 
 
 def make_loader(dataset, batches, args, device, collate):
@@ -313,9 +340,15 @@ def leave_process_group(worker):
 
 
 def sample_batch(dataset, count, collate=default_collate):
-    """A batch of at most count samples of the first epoch, evenly spaced."""
-    indices = range(0, len(dataset), max(1, len(dataset) // count))[:count]
-    return collate([dataset[0, index] for index in indices])
+    """A batch of at most count samples of the first epoch, as spread_samples returns them."""
+    return collate(spread_samples(dataset, count))
+
+
+def spread_samples(dataset, count):
+    """At most count samples of the first epoch, evenly spaced, with others for those that cannot be read."""
+    spacing = max(1, len(dataset) // count)
+    indices = (index for first in range(spacing) for index in range(first, len(dataset), spacing))
+    return list(islice(filter(None, (dataset[0, index] for index in indices)), count))
 
 
 # ---- The splits of --data ----
@@ -444,11 +477,12 @@ def require_classes(targets, min_classes, where):
                     "needed, to have something to learn and to measure")
 
 
-def counted_pixels(source):
+def counted_pixels(source, train):
     """Yield the pixels of each class map that are not IGNORE."""
     for index in range(len(source)):
-        _, class_map = read_sample(source, index)
-        yield class_map[class_map != IGNORE]
+        sample = read_sample(source, index, train)
+        if sample:
+            yield sample[1][sample[1] != IGNORE]
 
 
 def open_labelled_splits(args, maps=False):
@@ -462,8 +496,8 @@ def open_labelled_splits(args, maps=False):
     if args.validate:
         source, held_out = split_off(source, args.validate)
     if maps:
-        require_classes(counted_pixels(source), 2, "training maps")
-        require_classes(counted_pixels(held_out), 1, "held-out maps")
+        require_classes(counted_pixels(source, True), 2, "training maps")
+        require_classes(counted_pixels(held_out, False), 1, "held-out maps")
     elif args.labels:
         source = balanced_subset(source, args.labels, classes, args.seed)
     elif args.validate:

@@ -119,8 +119,8 @@ def open_datasets(args):
         args.image_size, train=True, crop_scale=args.crop_scale, erasing=args.erasing,
         randaugment=args.randaugment)
     val_transform = data.classification_transform(args.image_size, train=False, eval_crop=args.eval_crop)
-    return (data.Labelled(source, transform, args.seed), data.Labelled(held_out, val_transform, args.seed),
-            classes)
+    return (data.Labelled(source, transform, args.seed),
+            data.Labelled(held_out, val_transform, args.seed, train=False), classes)
 
 
 def make_mixup(args, num_classes):
@@ -153,8 +153,8 @@ def evaluate(model, dataset, args, device):
 
 @torch.no_grad()
 def draw(model, dataset, classes, args, device):
-    """A figure of the predictions for the first 12 held-out images."""
-    images, labels = zip(*[dataset[0, index] for index in range(min(12, len(dataset)))])    # (epoch, index)
+    """A figure of the predictions for 12 held-out images."""
+    images, labels = zip(*data.spread_samples(dataset, 12))
     images = data.to_float(torch.stack(images))
     with launch.autocast(args.precision, device):
         probabilities = model(images.to(device)).float().softmax(dim=1).cpu()

@@ -3,17 +3,22 @@
 A source is a Dataset: source[index] -> (PIL image in RGB, label); BadFile if the file cannot be read.
 """
 import os
+import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch.utils.data import Dataset
 
-from launch import UserError
+from launch import UserError, say
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+            ".jpx", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp")
+LEFT_OUT = (".cr2", ".dcm", ".dds", ".dng", ".exr", ".fits", ".heic", ".heif", ".icns", ".ico", ".jxl",
+            ".nef", ".pcx", ".pfm", ".psd", ".ras", ".raw", ".rgb", ".sgi", ".svg", ".xbm", ".xpm")
 
 
 class Images(Dataset):
@@ -76,7 +81,9 @@ class Segmentation(Images):
             raise UserError(f"--data: {root} needs images/training, images/validation, annotations/training, "
                             "annotations/validation")
         super().__init__(image_paths(images))
+        map_of = {printable(path): path for path in maps.rglob("*.png")}
         maps = [maps / Path(path).relative_to(images).with_suffix(".png") for path in self.paths]
+        maps = [path if path.exists() else map_of.get(printable(path), path) for path in maps]
         self.maps, self.classes = np.array(maps, dtype=str), classes
         missing = [path for path in maps if not path.exists()]
         if missing:
@@ -86,11 +93,12 @@ class Segmentation(Images):
         image = open_image(self.paths[index], reduce=False)
         path = self.maps[index]
         with open_file(path) as file:
-            mode = file.mode
+            mode, factor = file.mode, grey_factor(file)
             turn_upright(file)
             numbers = np.array(file)
-        if mode not in ("L", "P"):
+        if mode not in ("1", "L", "P"):
             raise BadFile(f"{path} is not a map of 8-bit class numbers, but mode {mode}")
+        numbers = numbers.astype(np.uint8) // factor
         if numbers.shape != (image.height, image.width):
             h, w = numbers.shape
             turned = " turned upright" if (h, w) == image.size else ""
@@ -102,15 +110,32 @@ class Segmentation(Images):
 
 
 def segmentation_classes(root):
-    """Names from ADE20K's objectInfo150.txt (tab-separated, with a header line); without it 150 numbers."""
+    """Names from ADE20K's objectInfo150.txt, which is tab-separated; without that file 150 numbers.
+
+    A class has the number in the column Idx, in a file without titles in the first column; if there is none,
+    that of its line. Raises UserError unless these are 1, 2, 3 ... in any order.
+    """
     table = root / "objectInfo150.txt"
     if not table.exists():
         return [str(number) for number in range(1, 151)]
-    lines = table.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
-    if not 2 <= len(classes) < IGNORE:
-        raise UserError(f"--data: {table} names {len(classes)} classes; a map can hold 2 to {IGNORE - 1}")
-    return classes
+    lines = table.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    rows = [[field.strip() for field in line.split("\t")] for line in lines if line.strip()]
+    numbered = [len(row) > 1 and row[0].isdecimal() for row in rows]
+    title = [field.lower() for field in rows[0]] if rows else []
+    if "idx" in title or "name" in title or numbered == [False] + [True] * (len(rows) - 1):
+        rows = rows[1:]                                                # without the titles
+    elif any(numbered):
+        title = ["idx"]
+    if not 2 <= len(rows) < IGNORE:
+        raise UserError(f"--data: {table} names {len(rows)} classes; a map can hold 2 to {IGNORE - 1}")
+    name_of = {}
+    for line, row in enumerate(rows, start=1):
+        fields = dict(zip(title, row))
+        name_of[fields.get("idx", str(line))] = fields.get("name", row[-1]).split(",")[0].strip()
+    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    if name_of.keys() != set(numbers):
+        raise UserError(f"--data: {table} must number its classes 1 to {len(rows)}, each once")
+    return [name_of[number] for number in numbers]
 
 
 def image_paths(folder, without=None):
@@ -125,7 +150,7 @@ def image_paths(folder, without=None):
     visited = set()
     if without and os.path.realpath(without) != top:
         visited.add(os.path.realpath(without))
-    to_walk, path_of, links = [str(folder)], {}, []                    # path_of: real path -> path
+    to_walk, path_of, links, left_out = [str(folder)], {}, [], []      # path_of: real path -> path
     while to_walk:
         for where, folders, names in os.walk(to_walk.pop(0)):
             real = os.path.realpath(where)
@@ -137,6 +162,7 @@ def image_paths(folder, without=None):
             folders[:] = sorted(filter(is_data, folders))
             to_walk += filter(os.path.islink, [os.path.join(where, name) for name in folders])
             images = [name for name in names if is_data(name) and name.lower().endswith(SUFFIXES)]
+            left_out += [name for name in names if is_data(name) and name.lower().endswith(LEFT_OUT)]
             for name in images:
                 path = os.path.join(where, name)
                 if os.path.islink(path):
@@ -147,6 +173,9 @@ def image_paths(folder, without=None):
         path_of.setdefault(os.path.realpath(path), path)
     if not path_of:
         raise UserError(f"--data: no images under {folder} ({' '.join(SUFFIXES)})")
+    if left_out:
+        say(f"warning: {folder}: {len(left_out)} files are left out, for example {printable(left_out[0])}; "
+            f"images are {' '.join(SUFFIXES)}")
     return sorted(path_of.values())
 
 
@@ -157,7 +186,8 @@ def is_data(name):
 
 def printable(name):
     """The name of a file or folder, whose bytes may not be UTF-8, as text that can be written and drawn."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)    # macOS has names with decomposed accents
 
 
 # ---- Image files ----
@@ -176,6 +206,7 @@ def open_file(path):
     """Open an image file as a PIL image. Raises BadFile if it cannot be opened, or decoded by the caller."""
     try:
         with Image.open(str(path)) as file:    # a str of numpy would look odd in a message
+            file.filename = ""    # so that Pillow maps no TIFF into memory, which mangles those to be turned
             yield file
     except (AttributeError, NameError):        # an error in the program
         raise
@@ -195,15 +226,27 @@ def open_image(path, reduce=True):
     `reduce` large JPEGs are decoded at a fraction of their size. Raises BadFile.
     """
     with open_file(path) as image:
+        factor = grey_factor(image)
         if reduce and image.format == "JPEG":
             image.draft(None, (JPEG_MIN_SIDE, JPEG_MIN_SIDE))
         turn_upright(image)
         if image.mode == "F" or image.mode.startswith("I"):
-            image = Image.fromarray(grey_to_8_bits(np.asarray(image, dtype=np.float32)))
+            grey = grey_to_8_bits(np.asarray(image, dtype=np.float32))
+            white_is_zero = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0
+            image = Image.fromarray(255 - grey if white_is_zero else grey)    # Pillow inverts 8 bits only
+        if image.mode == "La":                                         # only to be converted to LA
+            image = image.convert("LA")
+        if factor > 1 and "transparency" in image.info:
+            image.info["transparency"] *= factor
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")    # convert would copy
+
+
+def grey_factor(file):
+    """By how much Pillow will multiply the grey values of a PNG of 2 or 4 bits, to decode it as 8 bits."""
+    return max([{"L;2": 85, "L;4": 17}.get(tile[3], 1) for tile in file.tile], default=1)
 
 
 def turn_upright(image):

@@ -100,8 +100,8 @@ def open_datasets(args):
     transform = data.classification_transform(args.image_size, train=not args.knn, crop_scale=args.crop_scale,
                                               eval_crop=args.eval_crop)
     val_transform = data.classification_transform(args.image_size, train=False, eval_crop=args.eval_crop)
-    return (data.Labelled(source, transform, args.seed), data.Labelled(held_out, val_transform, args.seed),
-            classes)
+    return (data.Labelled(source, transform, args.seed, train=not args.knn),
+            data.Labelled(held_out, val_transform, args.seed, train=False), classes)
 
 
 # ---- Linear probes ----

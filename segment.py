@@ -92,8 +92,8 @@ def open_datasets(args):
     source, held_out, classes = data.open_labelled_splits(args, maps=True)
     transform = data.segmentation_transform(args.image_size, train=True, scale=args.scale, jitter=args.jitter)
     val_transform = data.segmentation_transform(args.image_size, train=False)
-    return (data.Labelled(source, transform, args.seed), data.Labelled(held_out, val_transform, args.seed),
-            classes)
+    return (data.Labelled(source, transform, args.seed),
+            data.Labelled(held_out, val_transform, args.seed, train=False), classes)
 
 
 def decoder_dim(args, checkpoint):
@@ -191,8 +191,8 @@ def window_starts(length, size):
 
 @torch.no_grad()
 def draw(model, dataset, classes, args, device):
-    """A figure of the predictions for the first 12 held-out images, each at its own size."""
-    images, maps = zip(*[dataset[0, index] for index in range(min(12, len(dataset)))])    # (epoch, index)
+    """A figure of the predictions for 12 held-out images, each at its own size."""
+    images, maps = zip(*data.spread_samples(dataset, 12))
     images = [data.to_float(image) for image in images]
     predicted = [predict(model, image[None].to(device), args, device)[0].argmax(0).cpu() for image in images]
     return plots.figure_segments(images, maps, predicted, classes)

@@ -1,9 +1,12 @@
 """Views, labels, batches, and folders of files that are not all what they should be."""
 import os
 import pickle
+import struct
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unicodedata import normalize
 from urllib.error import URLError
 
 import numpy as np
@@ -233,12 +236,19 @@ def test_repeated_augmentation(images, batch, different):
 @pytest.mark.parametrize("images, batch, world, wanted", [(10, 4, 1, None), (10, 4, 3, None), (2, 8, 3, None),
                                                           (7, 2, 2, None), (10_000, 8, 2, 100)])
 def test_held_out_images_are_counted_once(monkeypatch, images, batch, world, wanted):
+    class Keys:
+        def __len__(self):
+            return images
+
+        def __getitem__(self, key):
+            return key
     seen, config = [], SimpleNamespace(batch_size=batch, accumulate=1, workers=0)
     monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(data, "all_gather", lambda count: [images])
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        loader = data.val_loader(range(images), config, CPU, num_images=wanted)
-        seen += [index for keys in loader.batch_sampler for _, index in keys]
+        loader = data.val_loader(Keys(), config, CPU, collate=list, num_images=wanted)
+        seen += [index for keys in loader for _, index in keys]
     assert sorted(seen) == list(range(0, images, images // wanted if wanted else 1))
 
 
@@ -259,6 +269,50 @@ def test_files_of_every_mode(tmp_path):
         loaded = open_image(tmp_path / name)
         assert loaded.mode == "RGB", name
         assert (tensor_of(loaded) - tensor_of(shown.convert("RGB"))).abs().float().mean() < tolerance, name
+
+
+def write_png(path, bits, colour, numbers, *chunks):
+    """A PNG of these samples as they are, with (name, bytes) chunks before them."""
+    packed = np.unpackbits(numbers.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits:]
+    rows = np.packbits(packed.reshape(len(numbers), -1), axis=1)
+    header = struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, colour, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = [(b"IHDR", header), *chunks, (b"IDAT", content), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in chunks))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits_with_a_transparent_value(tmp_path, bits):
+    largest = 2 ** bits - 1
+    numbers = np.arange(40 * 30).reshape(30, 40) % (largest + 1)
+    write_png(tmp_path / "a.png", bits, 0, numbers, (b"tRNS", struct.pack(">H", largest - 1)))
+    shown = np.where(numbers == largest - 1, 255, numbers * (255 // largest))
+    assert (np.asarray(open_image(tmp_path / "a.png")) == shown[..., None]).all()
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("dtype, white", [(bool, 1), (np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_white_is_zero(tmp_path, dtype, white, compression, turn):
+    """In TIFFs of this kind; Pillow inverts bool and uint8 when it writes them, and nothing else."""
+    grey = np.arange(16 * 8).reshape(8, 16) % 2 * 255 if dtype is bool else np.arange(256).reshape(8, 32)
+    stored = grey if white <= 255 and dtype != np.float32 else 255 - grey
+    image = Image.fromarray((stored * (white / 255)).astype(dtype))
+    image.save(tmp_path / "a.tif", tiffinfo={262: 0, TURN: turn}, compression=compression)
+    shown = np.asarray(open_image(tmp_path / "a.tif")).astype(int)
+    assert abs(shown - (np.rot90(grey, -1) if turn == 6 else grey)[..., None]).max() <= 1
+
+
+def test_premultiplied_grey(tmp_path):
+    """A TIFF with ExtraSamples 1: its grey is already multiplied by its opacity."""
+    grey = np.stack([np.arange(256).reshape(16, 16) // 2, np.full((16, 16), 128)], -1).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    tag = struct.pack("<HHIH", 338, 3, 1, 2)
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes().replace(tag, tag[:-2] + b"\1\0"))
+    shown = np.asarray(open_image(tmp_path / "a.tif"))
+    assert abs(shown - (grey[..., :1] + 127.0)).max() <= 1
 
 
 @pytest.mark.parametrize("suffix, dtype, white", [
@@ -305,6 +359,15 @@ def test_pictures_are_upright_whatever_their_format_and_tag(tmp_path, monkeypatc
     loaded = np.asarray(open_image(tmp_path / f"a{suffix}")).astype(int)
     assert loaded.shape == upright.shape and abs(loaded - upright).mean() < 2
     assert len(set(calls)) == len(calls)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_uncompressed_tiffs_are_upright(tmp_path, mode):
+    image = picture().convert("L").convert("I").convert(mode) if mode == "I;16" else picture().convert(mode)
+    for compression in ("raw", "tiff_lzw"):
+        image.save(tmp_path / f"{compression}.tif", tiffinfo={TURN: 6}, compression=compression)
+    raw, compressed = (np.asarray(open_image(tmp_path / f"{name}.tif")) for name in ("raw", "tiff_lzw"))
+    assert raw.shape == (40, 30, 3) and np.array_equal(raw, compressed)
 
 
 def test_the_reason_is_given_and_errors_in_the_program_pass(tmp_path, monkeypatch):
@@ -355,13 +418,64 @@ DAMAGED = {
 @pytest.mark.parametrize("how", DAMAGED)
 def test_an_unreadable_image_is_named_and_the_next_is_taken(tmp_path, how, capfd):
     fill(tmp_path, 3)
-    fixed, bad = views(Images(data.image_paths(tmp_path)), train=False, mask=None), tmp_path / "0001.jpg"
+    source, bad = Images(data.image_paths(tmp_path)), tmp_path / "0001.jpg"
     DAMAGED[how](bad)
+    fixed = Labelled(source, data.classification_transform(32, train=False))
     data.warn_once.cache_clear()
     assert equal(fixed[0, 1], fixed[0, 2]) and equal(fixed[1, 1], fixed[0, 2])
+    assert views(source)[0, 1]["image"].shape == (3, 32, 32)
     out, err = capfd.readouterr()
     assert not out and err.count("\n") == 1                            # once, and no library adds its own
     assert err.startswith(f"warning: {bad} cannot be read (") and err.endswith("); the next one is taken\n")
+
+
+def unreadable(folder, count, bad, make=lambda source: views(source, train=False)):
+    """Samples, in evaluation, of a folder of `count` images, of which those numbered in `bad` are damaged."""
+    fill(folder, count)
+    paths = data.image_paths(folder)
+    for i in bad:
+        os.truncate(paths[i], 0)
+    data.warn_once.cache_clear()
+    return make(Images(paths))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", [lambda source: views(source, train=False), lambda source: Labelled(
+    source, data.classification_transform(32, train=False), train=False)])
+def test_an_evaluation_leaves_out_unreadable_images(tmp_path, make, workers, capfd):
+    """Each is named; a batch may have none that is readable."""
+    samples = unreadable(tmp_path, 7, [1, 2, 3, 6], make)
+    args = SimpleNamespace(batch_size=2, accumulate=1, workers=workers)
+    batches = list(data.val_loader(samples, args, CPU))
+    images = torch.cat([batch["image"] if isinstance(batch, dict) else batch[0] for batch in batches])
+    assert len(batches) == 2 and len(images) == 3
+    expected = [samples[0, i]["image" if isinstance(samples, Views) else 0] for i in (0, 4, 5)]
+    assert torch.equal(images, torch.stack(expected))
+    out, err = capfd.readouterr()
+    assert out == "warning: 3 of 7 images are counted; the others cannot be read\n"
+    for i in (1, 2, 3, 6):
+        line = f"warning: {tmp_path / f'{i:04}.jpg'} cannot be read ("
+        assert line in err and err.count("; it is not counted\n") == err.count("\n")
+
+
+@pytest.mark.parametrize("count, bad, message", [
+    (3, range(3), "3 images in a row cannot be used; the first: .*0000.jpg cannot be read .*"),
+    (40, range(40), "16 images in a row cannot be used; the first: .*0000.jpg cannot be read .*"),
+    (40, range(0, 40, 2), "none of 20 images to evaluate can be read")])
+def test_an_evaluation_without_readable_images_is_an_error(tmp_path, count, bad, message):
+    samples = unreadable(tmp_path, count, bad)
+    args = SimpleNamespace(batch_size=8, accumulate=1, workers=0)
+    with pytest.raises(OSError, match=f"^--data: {message}$"):
+        list(data.val_loader(samples, args, CPU, num_images=20))
+
+
+def test_figures_show_readable_images_from_all_over_the_set(tmp_path):
+    samples = unreadable(tmp_path, 30, [8, 20], lambda source: Labelled(
+        source, data.classification_transform(32, train=False), train=False))
+    shown = data.spread_samples(samples, 6)
+    expected = [0, 5, 10, 15, 25, 1]                                   # 1 in place of 20
+    assert equal([image for image, _ in shown], [samples[0, i][0] for i in expected])
+    assert equal(data.sample_batch(samples, 6)[0], torch.stack([image for image, _ in shown]))
 
 
 def test_sixteen_unreadable_files_in_a_row_end_a_run(tmp_path):
@@ -470,6 +584,35 @@ def test_download(tmp_path, monkeypatch):
     refused("--data-root: .* has damaged files .*--download fetches them again")
 
 
+@pytest.mark.parametrize("suffix", sorted({*folders.SUFFIXES, ".avif", ".jp2", ".tga", ".Jp2"}))
+def test_images_of_every_suffix_are_found_and_read(tmp_path, suffix):
+    if Image.registered_extensions()[suffix.lower()] not in Image.SAVE:
+        pytest.skip("this Pillow does not write such files")
+    picture().save(tmp_path / f"a{suffix}")
+    assert data.image_paths(tmp_path) == [str(tmp_path / f"a{suffix}")]
+    assert open_image(tmp_path / f"a{suffix}").size == (40, 30)
+
+
+def test_images_of_other_kinds_are_left_out_with_a_warning(tmp_path, capsys):
+    fill(tmp_path, 2)
+    for name in ("a.heic", "b.JXL", "notes.txt", "paper.pdf", "._c.heic"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(data.image_paths(tmp_path)) == 2
+    out = capsys.readouterr().out
+    assert out.startswith(f"warning: {tmp_path}: 2 files are left out, for example ") and out.count("\n") == 1
+
+
+def test_accents_are_composed_in_class_names(tmp_path):
+    """A copy made by macOS may have them decomposed; one class may even be in two folders."""
+    composed, decomposed = "\u00e9t\u00e9", "e\u0301te\u0301"
+    for split, names in (("train", (composed, decomposed, "zoo")), ("val", (decomposed, "zoo"))):
+        for name in names:
+            fill(tmp_path / split / name, 1)
+    train, val = open_splits(str(tmp_path), "", "classes")
+    assert train.classes == val.classes == ["zoo", composed]
+    assert sorted(train.targets) == [0, 1, 1] and sorted(val.targets) == [0, 1]
+
+
 def test_labelled_folders(tmp_path):
     """Red is the class, green the number of the image; the held-out images are of classes a and c alone."""
     for split, classes in (("train", "abc"), ("validation", "ac")):
@@ -532,6 +675,47 @@ def test_folders_that_are_refused(tmp_path):
     assert open_splits(str(tmp_path), "", "maps")[1].classes[149] == "150"
     (maps / "validation").rename(tmp_path / "validation")
     refused(".* needs images/training, ", labels="maps")
+
+
+ADE_TITLES = "Idx\tRatio\tTrain\tVal\tStuff\tName\n"
+
+
+@pytest.mark.parametrize("table", [
+    "Idx\tName\n1\twall\n2\tsky\n3\ttree, other\n", "\ufeffIdx\tName\r\n1\twall\r\n\r\n2\tsky\r\n3\ttree\r\n",
+    ADE_TITLES + "2\t.1\t9\t9\t1\tsky\n3\t.2\t9\t9\t1\ttree, other\n1\t.3\t9\t9\t1\twall\n",
+    "Name\tIdx\nsky\t2\nwall\t1\ntree\t3\n", "name\nwall\nsky\ntree", "wall\nsky\ntree, other\n",
+    "1\twall\n2\tsky\n3\ttree\n", "3\ttree\n1\twall\n2\tsky\n", "id\tlabel\n1\twall\n2\tsky\n3\ttree\n"])
+def test_names_of_classes_by_number(tmp_path, table):
+    (tmp_path / "objectInfo150.txt").write_text(table, encoding="utf-8")
+    assert data.segmentation_classes(tmp_path) == ["wall", "sky", "tree"]
+
+
+@pytest.mark.parametrize("numbers", ["1 1 2", "1 2 4", "0 1 2", "1 2 x", "1 2 -3"])
+@pytest.mark.parametrize("titles", ["", "Idx\tName\n"])
+def test_wrong_numbers_of_classes_are_refused(tmp_path, numbers, titles):
+    path = tmp_path / "objectInfo150.txt"
+    path.write_text(titles + "".join(f"{number}\tname{k}\n" for k, number in enumerate(numbers.split())))
+    with pytest.raises(UserError, match=f"^--data: {path} must number its classes 1 to 3, each once$"):
+        data.segmentation_classes(tmp_path)
+
+
+@pytest.mark.parametrize("bits, colour", [(1, 0), (2, 0), (4, 0), (8, 0), (1, 3), (2, 3), (4, 3), (8, 3)])
+def test_class_numbers_are_those_in_the_file(tmp_path, bits, colour):
+    """Also in grey PNGs of few bits (colour 0), which decoders scale to 8 bits, and in palettes (3)."""
+    numbers = np.arange(40 * 30).reshape(30, 40) % min(2 ** bits, 4)
+    write_png(ade(tmp_path, 1) / "annotations/training/0000.png", bits, colour, numbers,
+              *([(b"PLTE", bytes(range(12)))] if colour else ()))
+    source, _ = open_splits(str(tmp_path), "", "maps")
+    assert np.array_equal(source[0][1], (numbers - 1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_map_whose_name_composes_accents_differently(tmp_path, form, other):
+    """As after a copy of the images alone by macOS."""
+    for folder, name in (("images", form), ("annotations", other)):
+        path = next((ade(tmp_path, 1) if folder == "images" else tmp_path).glob(f"{folder}/training/*"))
+        path.rename(path.with_name(normalize(name, "caf\u00e9") + path.suffix))
+    assert open_splits(str(tmp_path), "", "maps")[0][0][1].max() == 1
 
 
 def test_class_maps_follow_their_images(tmp_path, monkeypatch, capfd):

@@ -14,7 +14,9 @@ from PIL import Image
 
 import data
 import finetune
+import probe
 import run
+import segment
 import weights
 from launch import UserError, format_metrics
 from pretrained import open_checkpoint
@@ -142,7 +144,7 @@ def test_the_figure_shows_what_the_model_predicts(evaluated):
         finetune.draw(model, views, classes, args, CPU)
     images, labels, probabilities, names = figure.call_args.args
     torch.testing.assert_close(probabilities, model(images).softmax(-1).detach())
-    assert [*labels] == [views.source[i][1] for i in range(12)] and names == views.source.classes
+    assert [*labels] == [views.source[i][1] for i in range(0, 24, 2)] and names == views.source.classes
 
 
 # ---- Mixup and cutmix, by hand ----
@@ -220,6 +222,42 @@ def test_only_training_images_are_augmented(tmp_path, flags, images, held_out):
     assert (len(views), len(val_views)) == (images, held_out)
     assert not torch.equal(views[0, 1][0], views[1, 1][0])
     assert torch.equal(val_views[0, 1][0], val_views[1, 1][0])
+
+
+@pytest.mark.parametrize("script, flags, train", [
+    (finetune, "", True), (segment, "", True), (probe, "", True), (probe, "--knn", False)])
+def test_a_measurement_is_of_readable_images_alone(tmp_path, script, flags, train, capfd):
+    """In probe.py --knn the training images are measured, too."""
+    for split, folder in (("train", "training"), ("val", "validation")):
+        for name in "ab":
+            (tmp_path / "annotations" / folder / name).mkdir(parents=True)
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32)).save(tmp_path / split / name / f"{i}.png")
+                Image.new("L", (32, 32), 1 + i).save(tmp_path / "annotations" / folder / name / f"{i}.png")
+        (tmp_path / split / "b" / "0.png").write_bytes(b"")
+        (tmp_path / "images" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / folder).symlink_to(tmp_path / split)
+    args = small_args(script, tmp_path / "out", "--data", tmp_path, "--image-size", 32, *flags.split())
+    for samples, fallback in zip(script.open_datasets(args), (train, False)):
+        batches = list(data.val_loader(samples, args, CPU, batch_size=2))
+        assert sum(len(images) for images, _ in batches) == (4 if fallback else 3)
+    assert capfd.readouterr().out.count("3 of 4 images are counted") == 2 - train
+
+
+def test_an_unreadable_image_does_not_count_for_accuracy(tmp_path):
+    """Of classes a, b, b, where the first b is unreadable, a model that says b has half right."""
+    for split in ("train", "val"):
+        for path in (tmp_path / split / name for name in ("a/0.png", "b/0.png", "b/1.png")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(path)
+    (tmp_path / "val" / "b" / "0.png").write_bytes(b"")
+    args = small_args(finetune, tmp_path / "out", "--data", tmp_path, "--image-size", 32)
+
+    class SaysB(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([[0.0, 1.0]]).expand(len(images), -1)
+    assert finetune.evaluate(SaysB(), finetune.open_datasets(args)[1], args, CPU)["top1"] == 0.5
 
 
 def test_a_single_class_that_remains_is_refused(tmp_path):
