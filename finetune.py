@@ -5,11 +5,14 @@
 whose model.pt is the --init of the next run. B images in a batch, C classes.
 """
 import dataclasses
+import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
+
+sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
 import data
 import launch

@@ -9,11 +9,14 @@ batch; V codes; P x P pixels in a patch.
 import argparse
 import dataclasses
 import math
+import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
+
+sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
 import data
 import launch

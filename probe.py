@@ -5,12 +5,15 @@
 the mean of its patches, as in the paper, and [S].
 """
 import dataclasses
+import sys
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
 import data
 import launch

@@ -6,10 +6,13 @@
 """
 import dataclasses
 import math
+import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
 import data
 import launch

@@ -6,10 +6,13 @@ import argparse
 import copy
 import math
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
 import data
 import launch

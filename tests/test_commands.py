@@ -273,8 +273,11 @@ def test_wrong_command_lines_are_refused(script, flags, error, files, tmp_path, 
     assert not list(tmp_path.iterdir()) and list_files(files) == before
 
 
-def test_a_script_that_runs_as_a_process(tmp_path):
-    command = [sys.executable, ROOT / "pretrain.py", "--batch-size", "0"]
+@pytest.mark.parametrize("options", [[], ["-P"], ["-OO"]])    # no folder of the script in sys.path; no docstrings
+def test_a_script_that_runs_as_a_process(options, tmp_path):
+    if options == ["-P"] and sys.version_info < (3, 11):
+        pytest.skip("Python 3.11 has it")
+    command = [sys.executable, *options, ROOT / "pretrain.py", "--batch-size", "0"]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     error = "argument --batch-size: must be at least 1, got 0"
     assert_refused("pretrain", error, done.returncode, done.stdout, done.stderr)
