@@ -27,22 +27,26 @@ if "matplotlib" not in sys.modules:
 import matplotlib.style
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 GOLDEN_RATIO = 0.61803    # modulo 1, its multiples are spread evenly: hues of tokens and classes
 CLS = "S"                 # the special token [S] among the reference patches of figure_attention
+CJK_FONTS = {"Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "Malgun Gothic"}
+FONTS = ["DejaVu Sans", *sorted(CJK_FONTS.intersection(get_font_names()))]    # those installed
 
 
 # ---- Shared by the figures ----
 
 def default_style():
-    """A decorator: matplotlib's default settings replace the user's while a function runs."""
-    return matplotlib.style.context(["default", {"text.parse_math": False}])    # a $ in a name is a $
+    """A decorator: matplotlib's defaults replace the user's settings while a function runs; a $ is a $."""
+    return matplotlib.style.context(["default", {"text.parse_math": False, "font.family": FONTS}])
 
 
 class StyledFigure(Figure):
-    """A matplotlib Figure that is saved in the default style, too."""
+    """A matplotlib Figure that is drawn and saved in the default style, too."""
+    draw = default_style()(Figure.draw)
     savefig = default_style()(Figure.savefig)
 
 
@@ -51,6 +55,7 @@ def make_axes(rows, columns, row_labels=(), titles=(), width=11, aspect=1.0, wid
 
     width: of the figure, in inches; aspect: height / width of the space for an image and the text around it.
     """
+    width = max(width, 0.8 * columns)                                  # many columns need more
     figure = StyledFigure(figsize=(width, width / columns * aspect * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios)
     for axis in axes.flat:
@@ -100,17 +105,34 @@ def token_colours(tokens):
     return torch.from_numpy(colours).permute(2, 0, 1)
 
 
-def line_colours(count):
-    """`count` different colours: matplotlib's, or for more than its ten, evenly spaced hues."""
-    if count <= 10:
-        return matplotlib.colormaps["tab10"].colors[:count]
-    return matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, count))
+def line_style(i):
+    """The style of line i, different for 280 lines: 70 pairs of a colour and a marker, with four dashes."""
+    colours, dashes = matplotlib.colormaps["tab10"].colors, ("-", "--", "-.", ":")
+    return dict(color=colours[i % 10], marker="os^DvP*"[i % 7], linestyle=dashes[i // 70 % 4])
 
 
-def legend_label(name):
-    """The name of a folder or class in a legend. matplotlib would leave out a name such as _a."""
-    name = printable(name)
-    return f" {name}" if name.startswith("_") else name
+def short_labels(names, length=40):
+    """Names of runs or classes as labels that can be drawn and are short, but differ if the names do.
+
+    A name of more than `length` characters loses its middle. Characters that no font has become \\u escapes.
+    """
+    glyphs = set().union(*(get_font(findfont(font)).get_charmap() for font in FONTS))
+    labels = []
+    for name in map(printable, names):
+        name = "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in name)
+        name = name if len(name) <= length else f"{name[:length // 2]}…{name[-length // 2:]}"
+        labels.append(f" {name}" if name.startswith("_") else name)    # matplotlib would leave out _a
+    if len(set(labels)) < len(set(names)):
+        labels = [f"{i + 1}: {label}" for i, label in enumerate(labels)]
+    return labels
+
+
+def add_legend(figure, handles):
+    """Put a legend below the axes, and make the figure as much higher as it needs."""
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = max(1, min(6, int(figure.get_figwidth() / (0.085 * longest + 0.5))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(handles) / columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 # ---- Masks (Algorithm 1) and visual tokens (sec. 2.1) ----
@@ -123,7 +145,8 @@ def figure_masks(images, masks, coverage):
     each patch is masked.
     """
     titles = [""] * len(images) + ["how often a patch\nis masked"]
-    figure, axes = make_axes(len(masks), len(images) + 1, titles=titles, width=12, aspect=1.3)
+    figure, axes = make_axes(len(masks), len(images) + 1, titles=titles, width=12,
+                             aspect=0.3 + images.shape[2] / images.shape[3])
     for row, label in zip(axes, masks):
         show_images(row, map(grey_out, images, masks[label]))
         share = coverage[label]
@@ -148,7 +171,8 @@ def figure_tokens(images, tokens, soft, hard, examples=3):
     soft_mse, hard_mse = ((pictures - images[:n]).square().mean() for pictures in (soft, hard))
     rows = {"image": images, "tokens": [token_colours(grid) for grid in tokens[:n]],
             f"soft codes\nMSE {soft_mse:.4f}": soft, f"hard codes\nMSE {hard_mse:.4f}": hard}
-    figure, axes = make_axes(len(rows) + examples, n, [*rows, "patches of\nfrequent codes"])
+    labels = [*rows, "patches of\nfrequent codes"]
+    figure, axes = make_axes(len(rows) + examples, n, labels, width=min(11, 2.5 * n))
     for row, pictures in zip(axes, rows.values()):
         show_images(row, pictures)
     patches = images.unfold(2, P, P).unfold(3, P, P)                   # (m, 3, h, w, P, P)
@@ -163,7 +187,8 @@ def figure_tokens(images, tokens, soft, hard, examples=3):
 @default_style()
 def figure_reconstructions(rows):
     """Rows of images, {label: (n, 3, H, W)}, such as originals and their reconstructions by a tokenizer."""
-    figure, axes = make_axes(len(rows), max(map(len, rows.values())), rows)
+    columns = max(map(len, rows.values()))
+    figure, axes = make_axes(len(rows), columns, rows, width=min(11, 2.5 * columns))
     for row, images in zip(axes, rows.values()):
         show_images(row, images)
     return figure
@@ -206,8 +231,8 @@ def figure_predictions(pictures, mask, correct=None):
     pictures {title: (n, 3, ., .)}; mask, correct (n, h, w) bool.
     """
     predicted = mask if mask.any() else torch.ones_like(mask)
-    rows = math.ceil(len(mask) / 2)
-    figure, axes = make_axes(rows, 2 * len(pictures), titles=[*pictures] * 2, aspect=1.15)
+    rows, aspect = math.ceil(len(mask) / 2), 0.15 + mask.shape[1] / mask.shape[2]
+    figure, axes = make_axes(rows, 2 * len(pictures), titles=[*pictures] * 2, aspect=aspect)
     axes = np.concatenate(np.split(axes, 2, axis=1))                   # a row of axes for each image
     for i, row in enumerate(axes[:len(mask)]):
         of_image = [images[i] for images in pictures.values()]
@@ -265,19 +290,18 @@ def figure_attention(image, attention, references, grid, title=None):
 @default_style()
 def figure_by_layer(panels, ylabel):
     """Lines over layers, for panels {title: {label: (L,)}}. The value at index 0 is that of layer 1."""
-    figure = StyledFigure(figsize=(4.4 * len(panels) + 0.6, 3.8), layout="constrained")
+    figure = StyledFigure(figsize=(4.4 * len(panels) + 0.6, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    styles = {label: dict(color=colour, marker="os^Dvx*"[i % 7], markersize=5)
-              for i, (label, colour) in enumerate(zip(labels, line_colours(len(labels))))}
+    styles = {label: dict(line_style(i), markersize=5) for i, label in enumerate(labels)}
+    depth = max(len(values) for lines in panels.values() for values in lines.values())
     for axis, (title, lines) in zip(axes, panels.items()):
         for label, values in lines.items():
-            layers = range(1, len(values) + 1)
-            axis.plot(layers, values, **styles[label])
-        axis.set(title=title, xlabel="layer", xticks=layers)
+            axis.plot(range(1, len(values) + 1), values, **styles[label])
+        axis.set(title=title, xlabel="layer", xticks=range(1, depth + 1, math.ceil(depth / 16)))
     axes[0].set_ylabel(ylabel)
-    handles = [Line2D([], [], **styles[label], label=legend_label(label)) for label in labels]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    add_legend(figure, [Line2D([], [], **styles[label], label=short)
+                        for label, short in zip(labels, short_labels(labels))])
     return figure
 
 
@@ -294,7 +318,8 @@ def figure_position_embeddings(embeddings, grid):
     rows, columns = (np.linspace(0, side - 1, min(side, 7)).round().astype(int) for side in grid)
     return figure_maps(similarity[rows][:, columns], [f"row {row}" for row in rows],
                        [f"column {column}" for column in columns],
-                       "cosine similarity of position embeddings, by patch")
+                       f"cosine similarity of position embeddings, for {len(rows)}×{len(columns)} of {h}×{w} "
+                       "patches")
 
 
 def figure_position_biases(tables, grid):
@@ -317,7 +342,7 @@ def figure_maps(maps, row_labels, titles, headline):
     figure, axes = make_axes(*maps.shape[:2], row_labels, titles, width=max(5, min(12, 1.8 * len(titles))))
     for axis, values in zip(axes.flat, maps.flatten(0, 1).cpu().numpy()):
         heatmap = axis.imshow(values, cmap="PuOr", vmin=-largest, vmax=largest)
-    figure.colorbar(heatmap, ax=axes, shrink=0.8)
+    figure.colorbar(heatmap, ax=axes, shrink=0.8, aspect=max(20, 3 * len(maps)))
     figure.suptitle(headline, fontsize=10)
     return figure
 
@@ -334,12 +359,12 @@ BASELINES = {"unigram_entropy": "--", "chance_loss": ":", "mean_loss": "-.", "ma
 @default_style()
 def figure_curves(logs):
     """Loss, accuracy, learning rate and speed by step. logs: {label: list of dicts as in metrics.jsonl}."""
-    figure = StyledFigure(figsize=(11, 6.4 + 0.2 * len(logs)), layout="constrained")
-    colours = line_colours(len(logs))
+    figure = StyledFigure(figsize=(11, 6.4), layout="constrained")
+    styles = [line_style(i) for i in range(len(logs))]
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for colour, log in zip(colours, logs.values()):
+        for style, log in zip(styles, logs.values()):
             for name in names:
-                draw_curve(axis, log, name, colour)
+                draw_curve(axis, log, name, style, len(logs) > 10)
         axis.set(title=title, xlabel="step")
         lines, labels = axis.get_legend_handles_labels()
         if labels:
@@ -347,14 +372,15 @@ def figure_curves(logs):
             axis.legend(baselines.values(), baselines.keys(), frameon=False, fontsize=8)
         if not axis.lines:
             axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
-    handles = [Line2D([], [], color=colours[i], label=legend_label(label)) for i, label in enumerate(logs)]
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
+    add_legend(figure, [Line2D([], [], **style, markersize=5, markeredgecolor="black", label=label)
+                        for style, label in zip(styles, short_labels(logs, 60))])
     figure.suptitle("lines: training; points: held-out images; dashed or dotted: baselines", fontsize=10)
     return figure
 
 
-def draw_curve(axis, log, name, colour):
-    """Draw the values of this name in a log, if any."""
+def draw_curve(axis, log, name, style, marked):
+    """Draw the values of this name in a log, if any. marked: with markers, where colours occur twice."""
+    colour, marker = style["color"], style["marker"]
     points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     if not points:
         return
@@ -363,12 +389,13 @@ def draw_curve(axis, log, name, colour):
         label = name.replace("_", " ")
         axis.axhline(values[-1], color=colour, linewidth=1, linestyle=BASELINES[name], label=label)
     elif name.startswith("val_"):
-        axis.plot(steps, values, "o", color=colour, markeredgecolor="black", markersize=5)
+        axis.plot(steps, values, marker, color=colour, markeredgecolor="black", markersize=5)
     else:
         axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
         reach = len(values) // 80                                      # of a centred moving mean
         smooth = F.avg_pool1d(torch.tensor(values)[None], 2 * reach + 1, 1, reach, count_include_pad=False)[0]
-        axis.plot(steps, smooth, color=colour, linewidth=1.5)
+        markers = dict(markevery=0.1, markersize=4) if marked else dict(marker="")
+        axis.plot(steps, smooth, **style | markers, linewidth=1.5)
 
 
 # ---- Results of fine-tuning (sec. 2.6) ----
@@ -379,6 +406,7 @@ def figure_classes(images, labels, probabilities, classes):
 
     images (n, 3, H, W), labels (n,), probabilities (n, classes), classes: their names.
     """
+    classes = short_labels(classes, 18)
     figure, axes = make_axes(math.ceil(len(images) / 4), 8, width=13, width_ratios=[1, 1.1] * 4)
     for (picture, bars), image, label, shares in zip(axes.reshape(-1, 2), images, labels, probabilities):
         show_image(picture, image, classes[label])
@@ -404,9 +432,9 @@ def figure_segments(images, maps, predicted, classes):
         for axis, class_map in zip(axes_of_image[1:], class_maps):
             axis.imshow(palette[class_map.long().cpu().numpy()], interpolation="nearest")
             occurring |= set(class_map.unique().tolist()) - {IGNORE}
-    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=legend_label(classes[k]))
-               for k in sorted(occurring)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    classes = short_labels(classes, 18)
+    handles = [Rectangle((0, 0), 1, 1, color=palette[k], label=classes[k]) for k in sorted(occurring)]
+    add_legend(figure, handles)
     return figure
 
 
@@ -431,7 +459,7 @@ def figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction):
     h, w = mask.shape
     correct, white = (predicted == tokens) & mask, torch.ones(3, h, w)
     row_labels = "patches (Vision Transformer)", "visual tokens (discrete VAE)"
-    figure, axes = make_axes(2, 9, row_labels, width=12, aspect=1.6, width_ratios=(1, 0.28) * 4 + (1,))
+    figure, axes = make_axes(2, 9, row_labels, width=12, aspect=0.6 + h / w, width_ratios=[1, 0.28] * 4 + [1])
     (above, below), (arrows_above, arrows_below) = axes[:, ::2], axes[:, 1::2]    # arrows between pictures
 
     show_image(above[0], image, "one crop of the image")

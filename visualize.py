@@ -5,11 +5,12 @@ The figures themselves are functions in plots.py. --layer counts from 1, as the 
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
 import data
@@ -20,6 +21,9 @@ import weights
 from folders import BadFile, open_image
 from launch import UserError
 from masking import MASKS, blockwise_mask, number_to_mask
+
+MAX_IMAGES = 100    # in a figure
+
 
 # ---- Loading ----
 
@@ -48,13 +52,27 @@ def open_tokenizer(args):
 
 def open_images(args, num_images):
     """PIL images: the files of --images, or num_images held-out images of --data. Raises UserError."""
-    try:
-        if args.images:
+    if args.images:
+        limit = MAX_IMAGES if "count" in args else 1
+        if len(args.images) > limit:
+            raise UserError(f"--images: {args.what} shows at most {limit}, got {len(args.images)} files")
+        try:
             return [open_image(path) for path in args.images]
-        _, held_out = data.open_splits(args.data, args.data_root)
-        return [data.read_sample(held_out, args.first + i)[0] for i in range(num_images)]
-    except BadFile as error:
-        raise UserError(f"--images: {error}") from None
+        except BadFile as error:
+            raise UserError(f"--images: {error}") from None
+    _, held_out = data.open_splits(args.data, args.data_root)
+    indices = range(args.first, min(args.first + num_images, len(held_out)))
+    if not indices:
+        raise UserError(f"--first: must be from 0 to {len(held_out) - 1} for {args.data}, got {args.first}")
+    if len(indices) < num_images:
+        launch.say(f"--first {args.first} leaves {len(indices)} held-out images, not {num_images}")
+    return [data.read_sample(held_out, index)[0] for index in indices]
+
+
+def fit_images(images, H, W):
+    """A batch of PIL images, float (n, 3, H, W) in [0, 1]: the largest centred rectangles, resized."""
+    fitted = [ImageOps.fit(image, (W, H), Image.Resampling.BICUBIC) for image in images]
+    return data.to_float(torch.stack([transforms.pil_to_tensor(image) for image in fitted]))
 
 
 def count_masked(args, grid):
@@ -69,20 +87,25 @@ def count_masked(args, grid):
 def open_masked(args, num_images):
     """(model, tokenizer, images (n, 3, H, W), the tokenizer's view of them, blockwise masks (n, h, w)).
 
-    Raises UserError if the model predicts the tokens of another tokenizer, or its images are not square.
+    For a model that predicts pixels, which only `predict` shows, the tokenizer and its view are None.
+    Raises UserError if the model predicts the tokens of another tokenizer.
     """
     model = open_model(args.init, vit.MaskedImageModel)
-    tokenizer, path = open_tokenizer(args)
-    if tokenizer.vocab_size != model.lm_head.out_features:
-        raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, but the model of --init "
-                        f"predicts {model.lm_head.out_features}")
+    tokenizer = token_images = None
+    if weights.read_json(Path(args.init).with_name("config.json")).get("target") != "pixels":
+        tokenizer, path = open_tokenizer(args)
+        if tokenizer.vocab_size != model.lm_head.out_features:
+            raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, but the model of --init "
+                            f"predicts {model.lm_head.out_features}")
+    elif args.tokenizer or args.what == "pipeline":
+        raise UserError(f"--init: must be a model that predicts tokens, but {args.init} predicts pixels")
     h, w = grid = model.config.grid
-    if h != w:
-        raise UserError(f"--init: {args.init} must be a model for square images, got one for {h}x{w} patches")
     images, rng = open_images(args, num_images), np.random.default_rng(args.seed)
     masks = [blockwise_mask(grid, count_masked(args, grid), rng) for _ in images]
-    return (model, tokenizer, data.prepare_images(images, model.config.image_hw[0]),
-            data.prepare_images(images, h * tokenizer.downsample), torch.from_numpy(np.stack(masks)))
+    if tokenizer:
+        token_images = fit_images(images, h * tokenizer.downsample, w * tokenizer.downsample)
+    images = fit_images(images, *model.config.image_hw)
+    return model, tokenizer, images, token_images, torch.from_numpy(np.stack(masks))
 
 
 def resize_model(model, image_hw):
@@ -113,6 +136,8 @@ def read_log(folder):
         log = [json.loads(line) for line in lines]
         if not all(isinstance(line, dict) and "step" in line for line in log):
             raise ValueError("a line without a step")
+        if not any("loss" in line for line in log):
+            raise ValueError("no line with a loss")
     except (OSError, ValueError) as error:
         raise UserError(f"--runs: {file} is not the log of a training script ({error})") from None
     return log
@@ -128,7 +153,8 @@ def plot_masks(args):
         if label != "none":
             masks[label] = [draw_mask(args.grid, num_masked, rng) for _ in images]
             coverage[label] = np.mean([draw_mask(args.grid, num_masked, rng) for _ in range(10_000)], axis=0)
-    return plots.figure_masks(data.prepare_images(images, max(112, *args.grid)), masks, coverage)
+    P = max(1, 112 // max(args.grid))                                  # pixels per side of a patch
+    return plots.figure_masks(fit_images(images, P * args.grid[0], P * args.grid[1]), masks, coverage)
 
 
 @torch.no_grad()
@@ -141,8 +167,9 @@ def plot_tokens(args):
         raise UserError(f"--size: must be a multiple of {tokenizer.downsample} for {path}, got {size}")
     images = data.prepare_images(open_images(args, max(args.count, 64)), size)
     tokens = torch.cat([tokenizer.tokenize(batch) for batch in images.split(32)])
-    soft = tokenizer(images[:args.count], 1 / 16).images
-    return plots.figure_tokens(images, tokens, soft, tokenizer.decode(tokens[:args.count]))
+    n = len(images) if args.images else args.count
+    soft = tokenizer(images[:n], 1 / 16).images
+    return plots.figure_tokens(images, tokens, soft, tokenizer.decode(tokens[:n]))
 
 
 def plot_predictions(args):
@@ -165,16 +192,18 @@ def plot_attention(args):
     """self-attention of reference patches over an image, by head (Figure 2)"""
     model = open_model(args.init)
     P, depth = model.config.patch_size, model.config.depth
-    size = args.size or model.config.image_hw[0]
+    size = args.size or min(model.config.image_hw)
     if size % P:
         raise UserError(f"--size: must be a multiple of the patch size {P}, got {size}")
     layer = args.layer if args.layer > 0 else depth + 1 + args.layer
     if not 1 <= layer <= depth:
         raise UserError(f"--layer: must be from 1 to {depth}, or -1 for the last, got {args.layer}")
-    image = transforms.pil_to_tensor(open_images(args, 1)[0])
-    image = transforms.resize(image, size, InterpolationMode.BICUBIC)    # the shorter side
-    H, W = (side // P * P for side in image.shape[-2:])
-    image = data.to_float(transforms.center_crop(image, [H, W]))
+    image, = open_images(args, 1)
+    H, W = model.config.image_hw
+    if H == W:                                                         # then the image keeps its own shape
+        W, H = image.size
+    H, W = (side * size // min(H, W) // P * P for side in (H, W))      # the shorter side is `size`
+    image, = fit_images([image], H, W)
     model = resize_model(model, (H, W))
     h, w = grid = model.config.grid
     references = [parse_patch(name, grid) for name in args.patch or []]
@@ -197,7 +226,14 @@ def plot_positions(args):
 
 def plot_curves(args):
     """loss, accuracy, learning rate and images per second of one or several runs"""
-    return plots.figure_curves({str(folder): read_log(folder) for folder in args.runs})
+    paths = [Path(folder).resolve() for folder in args.runs]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"--runs: must be different folders, got {' '.join(args.runs)}")
+    length = 1                                                         # of the shortest labels that differ
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return plots.figure_curves({str(Path(*path.parts[-length:])): read_log(folder)
+                                for path, folder in zip(paths, args.runs)})
 
 
 # ---- Command line ----
@@ -228,8 +264,8 @@ def parse_args(argv=None):
         help="shapes, fashion-mnist, cifar10, cifar100, or a folder: its held-out images are shown")
     add(use_images, "--data-root", default="data", help="folder with the files of the named data sets")
     add(use_images, "--first", launch.nonnegative_int, default=0, help="index of the first held-out image")
-    add("masks tokens", "--count", launch.positive_int, default=8, help="number of images")
-    add("predict", "--count", launch.positive_int, default=12, help="number of images")
+    add("masks tokens", "--count", launch.number(int, 1, MAX_IMAGES), default=8, help="number of images")
+    add("predict", "--count", launch.number(int, 1, MAX_IMAGES), default=12, help="number of images")
     add(use_masks, "--ratio", launch.fraction, default=0.4, help="share of masked patches")
     add(use_masks, "--seed", launch.number(int, 0, 2 ** 32 - 1), default=0, help="seed of the masks")
     add("masks", "--grid", launch.positive_int, nargs=2, default=[14, 14], help="rows and columns of patches")
@@ -242,6 +278,15 @@ def parse_args(argv=None):
     add(" ".join(COMMANDS), "--dpi", launch.number(int, 1, 1200), default=100, help="pixels per inch")
     add(" ".join(COMMANDS), "--out", help=".png, .pdf, .svg or .jpg file (default: runs/WHAT.png)")
     args = parser.parse_args(argv)
+    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    replaced = [("--images", flag) for flag in ("--first", "--count", "--data-root")]
+    if args.what == "tokens":
+        replaced.append(("--tokenizer", "--init"))
+    if args.what == "masks" or "--init" in given:                      # otherwise --data names the checkpoint
+        replaced.append(("--images", "--data"))
+    for flag, unused in replaced:
+        if {flag, unused} <= given:
+            raise UserError(f"{unused}: has no effect with {flag}")
     args.out = Path(args.out or f"runs/{args.what}.png")
     if args.what in use_model.split() and args.init is None:
         args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
@@ -257,8 +302,9 @@ def main():
         try:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(args.out, dpi=args.dpi)
-        except OSError as error:
-            raise UserError(f"--out: {args.out} cannot be written ({error.strerror})") from None
+        except (OSError, ValueError) as error:                         # ValueError: too many pixels
+            raise UserError(f"--out: {args.out} cannot be written "
+                            f"({getattr(error, 'strerror', None) or error})") from None
         launch.say(f"written to {args.out}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import matplotlib.style
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import data
@@ -25,11 +27,11 @@ from launch import UserError
 POSITIONS = pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
 
 
-def small_model(**fields):
+def small_model(vocab_size=50, image_size=32, **fields):
     """A masked image model of 4x4 patches."""
     torch.manual_seed(0)
-    config = vit.ViTConfig(image_size=32, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0, **fields)
-    model = vit.MaskedImageModel(config, vocab_size=50).eval()
+    config = vit.ViTConfig(image_size, patch_size=8, dim=32, depth=3, heads=2, drop_path=0.0, **fields)
+    model = vit.MaskedImageModel(config, vocab_size).eval()
     for name, parameter in model.named_parameters():
         if "table" in name:
             parameter.data.normal_()                                   # they are zero at first
@@ -81,19 +83,23 @@ def draw_figures():
 
 @pytest.mark.parametrize("name", draw_figures())
 def test_settings_of_the_user_change_no_figure(name):
-    def png():
+    def saved_and_drawn():
         torch.manual_seed(0)
-        file = io.BytesIO()
-        draw_figures()[name]().savefig(file, format="png", dpi=30)
-        return file.getvalue()
+        file, figure = io.BytesIO(), draw_figures()[name]()
+        figure.savefig(file, format="png", dpi=30)
+        canvas = FigureCanvasAgg(figure)                               # as Jupyter draws a figure
+        canvas.draw()
+        return file.getvalue(), bytes(canvas.buffer_rgba())
 
-    expected = png()
+    expected = saved_and_drawn()
     settings = {"image.origin": "lower", "font.size": 20, "savefig.facecolor": "green",
                 "savefig.bbox": "tight", "text.parse_math": True, "axes.grid": True, "image.cmap": "gray",
-                "lines.linewidth": 5}
+                "lines.linewidth": 5, "text.usetex": True, "figure.dpi": 30, "savefig.dpi": 10,
+                "font.family": "serif", "xtick.labelsize": 30, "savefig.transparent": True,
+                "axes.formatter.use_locale": True, "xtick.color": "red", "xtick.minor.visible": True}
     with matplotlib.style.context(["dark_background", settings]):
         before = dict(matplotlib.rcParams)
-        assert png() == expected
+        assert saved_and_drawn() == expected
         assert dict(matplotlib.rcParams) == before
 
 
@@ -117,8 +123,57 @@ def test_entries_of_legends_differ(count):
     for figure in (plots.figure_by_layer(panels, "ratio"),
                    plots.figure_curves({label: [{"step": 1, "loss": 1.0}] for label in labels})):
         assert sorted(legend_texts(figure.legends[0])) == sorted(labels)
-        colours = [matplotlib.colors.to_hex(line.get_color()) for line in figure.legends[0].get_lines()]
-        assert len(set(colours)) == count
+        styles = [line_style(line) for line in figure.legends[0].get_lines()]
+        assert len(set(styles)) == count
+        assert len({line_style(line) for axis in figure.axes[:2] for line in axis.lines}) >= count
+
+
+def line_style(line):
+    return matplotlib.colors.to_hex(line.get_color()), line.get_marker(), line.get_linestyle()
+
+
+LONG = "an-experiment-named-by-its-hyperparameters-lr0.001-wd0.05-" * 3
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["a", "$b$", "_c"], ["a", "$b$", " _c"]),
+    ([LONG + "1", LONG + "2"], [f"an-experiment-named-…ers-lr0.001-wd0.05-{i}" for i in "12"]),
+    ([f"{LONG}1{LONG}", f"{LONG}2{LONG}"], [f"{i}: an-experiment-named-…ters-lr0.001-wd0.05-" for i in "12"]),
+    (["\U0001fae8\n", "\udcff"], ["\\U0001fae8\\n", "\\xff"]), (["crane", "crane"], ["crane", "crane"])])
+def test_labels_are_short_and_differ(names, expected):
+    assert plots.short_labels(names) == expected
+
+
+def crowded_figures():
+    """name -> function without arguments that draws a figure of much."""
+    images, tokens = torch.rand(40, 3, 16, 16), torch.arange(320).view(20, 4, 4)
+    names = ["犬", "猫", *(f"{i} {LONG}" for i in range(148))]
+    log, mask = [{"step": 1, "loss": 2.0, "val_loss": 1.0}], torch.ones(40, 4, 4, dtype=torch.bool).tril()
+    return {
+        "reconstructions": lambda: plots.figure_reconstructions(dict.fromkeys("ab", images)),
+        "masks": lambda: plots.figure_masks(images, {"random": mask.numpy()}, {"random": np.eye(4)}),
+        "tokens": lambda: plots.figure_tokens(images[:20], tokens, images[:20], images[:20], 1),
+        "one image": lambda: plots.figure_tokens(images[:1], tokens[:1], images[:1], images[:1]),
+        "by layer": lambda: plots.figure_by_layer({"": {name: range(24) for name in names[:30]}}, "accuracy"),
+        "curves": lambda: plots.figure_curves({name: log for name in names[:24]}),
+        "classes": lambda: plots.figure_classes(images[:9], range(9), torch.rand(9, 150).softmax(1), names),
+        "segments": lambda: plots.figure_segments(images[:9], tokens[:9], tokens[:9], names)}
+
+
+@pytest.mark.filterwarnings("error")                                   # a layout that does not fit, no glyph
+@pytest.mark.parametrize("name", crowded_figures())
+def test_crowded_figures_have_room_for_all_texts(name):
+    figure = crowded_figures()[name]()
+    figure.set_dpi(50)
+    figure.draw_without_rendering()
+    ticks = {text for axes in figure.axes for text in (*axes.get_xticklabels(), *axes.get_yticklabels())}
+    texts = [text for text in set(figure.findobj(matplotlib.text.Text)) - ticks if text.get_visible()]
+    boxes = [text.get_window_extent().padded(-1) for text in texts if text.get_text().strip()]
+    size = figure.bbox.padded(1)
+    for i, box in enumerate(boxes):
+        assert size.x0 <= box.x0 and box.x1 <= size.x1 and size.y0 <= box.y0 and box.y1 <= size.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert all(axis.bbox.height > 15 for axis in figure.axes) and max(size.size) < 3000
 
 
 def test_classes_have_different_colours():
@@ -256,6 +311,8 @@ def test_lines_by_layer():
     assert first.lines[1].get_color() == second.lines[0].get_color()   # both are b
     assert first.get_title() == "all" and first.get_ylabel() == "ratio"
     assert legend_texts(figure.legends[0]) == ["a", "b", " _c"]
+    figure = plots.figure_by_layer({"deep": {"a": range(24)}, "shallow": {"a": range(3)}}, "ratio")
+    assert all([*axis.get_xticks()] == [*range(1, 25, 2)] for axis in figure.axes)
 
 
 # ---- Results, positions, curves ----
@@ -318,8 +375,8 @@ def test_curves_of_several_runs(tmp_path):
     assert legend_texts(loss.get_legend()) == ["unigram entropy", "chance loss", "mean loss"]
     assert accuracy.get_legend() and not speed.get_legend()
     assert [line.get_ydata()[0] for line in loss.lines if line.get_linestyle() == ":"] == [5.2, 5.2]
-    points, _ = [line for line in loss.lines if line.get_marker() == "o"]
-    assert points.get_xydata().tolist() == [[160, 2.6]]
+    points, others = [line for line in loss.lines if line.get_linestyle() == "None"]
+    assert points.get_xydata().tolist() == [[160, 2.6]] and points.get_marker() != others.get_marker()
     first, second, _ = [line for line in loss.lines if line.get_alpha() == 0.35]
     assert first.get_color() != second.get_color() and len(second.get_xdata()) == 20
     np.testing.assert_allclose(first.get_ydata(), 5 - np.arange(1, 161) / 20)
@@ -353,6 +410,13 @@ def folder(tmp_path_factory):
     for name, saved, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
                                ("bare.pt", tokenizer, tokenizer.config), ("model.pt", model, config)):
         torch.save({"kind": type(saved).__name__, "config": sizes, "model": saved.state_dict()}, out / name)
+    pixels, wide = small_model(3 * 8 * 8), small_model(image_size=(32, 48))
+    for name, saved in (("pixels", pixels), ("wide", wide)):
+        write_log(folder / name)
+        config = {"vit": dataclasses.asdict(saved.config), "vocab_size": saved.lm_head.out_features}
+        torch.save({"kind": "MaskedImageModel", "config": config, "model": saved.state_dict()},
+                   folder / name / "model.pt")
+    (folder / "pixels/config.json").write_text('{"target": "pixels"}')
     rng = np.random.default_rng(0)
     for name, size, mode in (("large.jpg", (2400, 1800), "RGB"), ("grey.png", (70, 50), "L"),
                              ("icon.png", (30, 20), "RGBA")):
@@ -361,16 +425,21 @@ def folder(tmp_path_factory):
     return folder
 
 
+def draw(monkeypatch, folder, words):
+    monkeypatch.chdir(folder)
+    what, *flags = words.split()
+    monkeypatch.setattr(sys, "argv", ["visualize.py", what, "--out", "out.png", "--dpi", "40", *flags])
+    visualize.main()
+
+
 @pytest.mark.parametrize("words", [
     "masks --grid 6 9 --ratio 0.2 --count 2", "tokens --count 2", "tokens --images icon.png",
     "tokens --count 1 --tokenizer runs/pretrain-shapes/bare.pt", "predict --count 3",
     "predict --count 1 --ratio 0.6", "predict --images large.jpg grey.png icon.png",
     "attention --patch 1,2 --patch S", "attention --images grey.png --size 64", "positions", "curves",
-    "pipeline", "pipeline --images large.jpg"])
+    "pipeline", "pipeline --images large.jpg", "predict --count 1 --init pixels/model.pt"])
 def test_each_command_draws(monkeypatch, folder, words):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *words.split(), "--out", "out.png", "--dpi", "40"])
-    visualize.main()
+    draw(monkeypatch, folder, words)
     picture = np.array(Image.open("out.png"))[..., :3]
     assert min(picture.shape[:2]) > 80 and picture.std() > 5
 
@@ -425,3 +494,79 @@ def test_unreadable_held_out_images(tmp_path):
         visualize.open_images(args, 1)
     Image.new("RGB", (8, 6)).save(tmp_path / "val" / "1.png")
     assert [image.size for image in visualize.open_images(args, 2)] == [(8, 6)] * 2
+
+
+@pytest.mark.parametrize("words, message", [line.strip().split(" | ") for line in """
+    masks --first 5000 | --first: must be from 0 to 999 for shapes, got 5000
+    attention --first 1000 | --first: must be from 0 to 999 for shapes, got 1000
+    attention --images grey.png icon.png | --images: attention shows at most 1, got 2 files
+    pipeline --images grey.png icon.png | --images: pipeline shows at most 1, got 2 files
+    predict --images grey.png --count 1 | --count: has no effect with --images
+    tokens --images grey.png --first=1 | --first: has no effect with --images
+    attention --data-root a --images grey.png | --data-root: has no effect with --images
+    masks --data cifar10 --images grey.png | --data: has no effect with --images
+    pipeline --data a --init a --images grey.png | --data: has no effect with --images
+    tokens --init a.pt --tokenizer b.pt | --init: has no effect with --tokenizer
+    masks --count 101 | argument --count: must be from 1 to 100, got 101
+    pipeline --init pixels/model.pt | --init: must be a model that predicts tokens, but pixels
+    predict --init pixels/model.pt --tokenizer a.pt | --init: must be a model that predicts tokens, but pixels
+    curves --runs wide ./wide/ | --runs: must be different folders, got wide ./wide/
+    curves --runs wide empty | --runs: empty/metrics.jsonl is not the log of a training script (no line with a
+    """.strip().splitlines()])
+def test_what_would_have_no_effect_is_refused_in_one_line(monkeypatch, capsys, folder, words, message):
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "empty/metrics.jsonl").write_text('{"step": 1, "speed": 2}\n')
+    (folder / "out.png").unlink(missing_ok=True)
+    with pytest.raises(SystemExit):
+        draw(monkeypatch, folder, words)
+    line = capsys.readouterr().err.splitlines()[-1].removeprefix(f"visualize.py {words.split()[0]}: error: ")
+    assert line.removeprefix("visualize.py: error: ").startswith(message) and not Path("out.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_refused_with_the_reason(monkeypatch, capsys, folder):
+    """The sides of a JPEG are at most 65,500 pixels."""
+    figure = plots.StyledFigure(figsize=(2000, 0.5))
+    monkeypatch.setitem(visualize.COMMANDS, "positions", lambda args: figure)
+    with pytest.raises(SystemExit):
+        draw(monkeypatch, folder, "positions --out out.jpg")
+    assert "cannot be written (None)" not in capsys.readouterr().err
+
+
+def test_all_images_of_the_command_line_and_no_image_twice(monkeypatch, capsys, folder):
+    monkeypatch.chdir(folder)
+    axes = visualize.plot_tokens(visualize.parse_args(["tokens", "--images", *["grey.png"] * 9])).axes
+    assert all(shown(axis).shape == (3, 16, 16) for axis in axes[:9]) and len(axes) == 7 * 9
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 5)
+    axes = visualize.plot_tokens(visualize.parse_args("tokens --first 2".split())).axes
+    assert len(axes) == 7 * 3 and "--first 2 leaves 3 held-out images, not 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image_size", [(48, 32), (32, 48)])
+def test_models_of_rectangles_are_drawn_at_their_size(tmp_path, folder, image_size):
+    model, (H, W) = small_model(image_size=image_size), image_size
+    config = {"vit": dataclasses.asdict(model.config), "vocab_size": 50}
+    torch.save({"kind": "MaskedImageModel", "config": config, "model": model.state_dict()}, tmp_path / "a.pt")
+
+    def first_image(words):
+        args = visualize.parse_args([*words.split(), "--init", f"{tmp_path}/a.pt"])
+        return shown(visualize.COMMANDS[args.what](args).axes[0])
+
+    tokenizer = f"--tokenizer {folder}/runs/pretrain-shapes/bare.pt"
+    square = scenes(1, 48)[0]
+    expected = square[:, :, 8:40] if H > W else square[:, 8:40]
+    for words in (f"predict --count 1 {tokenizer}", f"pipeline {tokenizer}", "attention"):
+        image = first_image(words)
+        assert image.shape == (3, H, W) and (image - expected).abs().mean() < 0.01
+    assert first_image(f"attention --images {folder}/large.jpg --size 16").shape == (3, H // 2, W // 2)
+    assert first_image("positions").shape == model.config.grid
+    args = visualize.parse_args("masks --count 1 --grid".split() + [str(H // 8), str(W // 8)])
+    image = shown(visualize.plot_masks(args).axes[0])
+    assert image.shape[1] * W == image.shape[2] * H
+
+
+def test_runs_are_named_by_the_shortest_paths_that_differ(tmp_path):
+    folders = [write_log(tmp_path / name) for name in ("a/run", "b/run", "b/c/long")]
+    figure = visualize.plot_curves(visualize.parse_args(["curves", "--runs", *map(str, folders)]))
+    assert legend_texts(figure.legends[0]) == ["a/run", "b/run", "c/long"]
+    figure = visualize.plot_curves(visualize.parse_args(["curves", "--runs", *map(str, folders[1:])]))
+    assert legend_texts(figure.legends[0]) == ["run", "long"]
