@@ -111,7 +111,7 @@ def train(args, device):
             logits = network(images)                                   # (B, C)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         run.update(loss)
-    run.finish(model, {"vit": dataclasses.asdict(config), "classes": classes})
+    run.finish(model, {"vit": dataclasses.asdict(config), "classes": classes, "eval_crop": args.eval_crop})
     run.draw("predictions.png", draw, model, val_set, classes, args, device)
 
 

@@ -44,6 +44,8 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
     state, info = weights.load(args.init)
     if evaluate and "image_size" not in args.given:
         args.image_size = None                                         # the checkpoint's, not the preset's
+    if evaluate and "eval_crop" not in args.given and info["eval_crop"]:
+        args.eval_crop = info["eval_crop"]
     apply_checkpoint_sizes(args, args.init, info, copy_shared_table=copy_shared_table and not evaluate)
     return Checkpoint(args.init, state, info)
 
@@ -74,7 +76,9 @@ def apply_checkpoint_sizes(args, path, info, *, copy_shared_table):
             raise UserError(f"--{name.replace('_', '-')}: {path} has {sizes[name]}, not {value}")
     vars(args).update(sizes)
     if args.image_size is None:
-        args.image_size = config.image_size
+        args.image_size, width = config.image_hw
+        if args.image_size != width:
+            raise UserError(f"--image-size: {path} has {args.image_size}x{width}; give the side of a square")
 
 
 def load_weights(model, checkpoint, classes, *, need_head=False):

@@ -8,6 +8,7 @@ A wrong file raises UserError, one line that names it. pretrained.py starts othe
 """
 import argparse
 import collections
+import dataclasses
 import json
 import pickle
 import re
@@ -31,6 +32,7 @@ try:
 except ImportError:
     safetensors = None
 
+PATCH_WEIGHTS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
 HEADS = ("lm_head.", "head.", "decoder.")    # parameters of a task, not of the backbone
 
 
@@ -47,8 +49,9 @@ def file_errors(path, problem):
     except UserError:
         raise
     except Exception as error:
+        kind = "missing" if isinstance(error, KeyError) else type(error).__name__
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: {problem} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path}: {problem} ({kind}: {reason})") from error
 
 
 class StandIn:
@@ -121,9 +124,9 @@ def read_file(path):
 
 
 def read_json(path):
-    """Return what a JSON file holds, and {} if there is no such file. Raises UserError."""
-    with file_errors(path, "expected JSON"):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the dict that a JSON file holds, and {} if there is no such file. Raises UserError."""
+    with file_errors(path, "expected JSON with an object"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def class_name(contents):
@@ -235,56 +238,76 @@ def load(path):
         guessed    names of the fields of config that the file does not give
         outputs    number of tokens or classes that the head predicts, or None
         classes    names of the classes, or None
-        dropped    names of tensors that our models lack: those of a linear probe or a UperNet decoder
+        eval_crop  side of the evaluated centre crop / shorter side of the image, or None if not known
+        dropped    names of tensors that our models lack: of a linear probe, a UperNet decoder or other models
     Raises UserError for other files. Shapes are checked when a model takes the state_dict.
     """
     contents = read_file(path)
     kind = class_name(contents)
     with file_errors(path, "expected a BEiT"):
-        state, source = find_state_dict(contents, kind, path)
-        state, dropped = convert_names(state, source, kind, path)
+        state, prefix, source = find_state_dict(contents, kind, path)
+        state, dropped = convert_names(state, prefix, source, kind, path)
+        patches = list(state["patch_embed.proj.weight"].shape)
+        if patches[1:] != [3, *patches[-1:] * 2]:
+            raise UserError(f"{path}: expected square patches of 3 colours, [D, 3, P, P], found {patches}")
         head = state.get("lm_head.weight", state.get("head.weight"))
         task = "linear probe" if kind == "LinearProbe" else "none"
         if "lm_head.weight" in state:
             task = "masked image modeling"
         elif head is not None:
             task = {2: "classification", 4: "segmentation"}.get(head.dim(), "none")
-        info = dict(source=source, task=task, outputs=None if head is None else len(head), classes=None,
-                    guessed=[], dropped=dropped)
+        info = dict(source=source, task=task, outputs=None if head is None else len(head), guessed=[],
+                    dropped=dropped)
+        folder, fields, classes, eval_crop = Path(path).parent, {}, None, None
         if source == "ours":
             fields = contents["config"]["vit"]
             fields.pop("in_channels", None)                            # written by earlier versions
-            info |= dict(config=vit.ViTConfig(**fields), classes=contents["config"].get("classes"))
+            info["config"] = vit.ViTConfig(**fields)
+            classes, eval_crop = contents["config"].get("classes"), contents["config"].get("eval_crop")
         else:
-            fields = {}
             if source == "Hugging Face":
-                fields, info["classes"] = read_huggingface_config(Path(path).parent, task, info["outputs"])
+                fields, classes, eval_crop = read_huggingface_config(folder, task, info["outputs"])
+            elif source == "timm":
+                fields, classes, eval_crop = read_timm_config(folder, task, info["outputs"])
             info["config"], info["guessed"] = infer_config(state, fields)
+            if source == "Hugging Face" and "pixel_mean" in info["guessed"]:
+                half = (0.5, 0.5, 0.5)                                 # its default for BEiT
+                info["config"] = dataclasses.replace(info["config"], pixel_mean=half, pixel_std=half)
+        info |= dict(classes=classes, eval_crop=eval_crop)
         if task == "classification" and "fc_norm.weight" not in state:
             raise UserError(f"{path}: expected a head for the mean of the patches, found a head for [S]")
     return state, info
 
 
 def find_state_dict(contents, kind, path):
-    """Return (state_dict, source), where source is as in `load`, from the contents of a file."""
+    """Return (state_dict, prefix of the backbone's names, source as in `load`) from what a file holds."""
     state, source = contents, "timm"
+    if isinstance(contents, dict) and "log_size" in contents:          # last.pt or previous.pt
+        raise UserError(f"{path}: expected final weights, found a checkpoint to continue a run from; give "
+                        f"{Path(path).with_name('model.pt')}, which the run writes at its end")
     for key in ("model", "module", "state_dict"):                      # released, DeepSpeed, mmsegmentation
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state, source = state[key], "released BEiT"
-    if not isinstance(state, dict) or not any("patch_embed" in str(name) for name in state):
+    names = [str(name) for name in state] if isinstance(state, dict) else []
+    found = [name for name in names if name.endswith(PATCH_WEIGHTS)]
+    if not found:
+        kind += f" with {', '.join(names[:5])}" if names else ""
         raise UserError(f"{path}: expected a BEiT of this project, the released code, timm or Hugging Face, "
-                        f"found {kind}")
+                        f"with {PATCH_WEIGHTS[0]}, found {kind}")
+    if len(found) > 1:
+        raise UserError(f"{path}: expected one BEiT, found {len(found)}, with {', '.join(found)}; save one")
     if "kind" in contents:
         source = "ours"
-    elif any("patch_embeddings" in name for name in state):
+    elif "patch_embeddings" in found[0]:
         source = "Hugging Face"
-    return state, source
+    return state, found[0].removesuffix(PATCH_WEIGHTS[1]).removesuffix(PATCH_WEIGHTS[0]), source
 
 
-def convert_names(state, source, kind, path):
+def convert_names(state, prefix, source, kind, path):
     """Return (state_dict with our names in fp32, names of the tensors that our models lack).
 
-    Removes prefixes of wrappers, and buffers that follow from the config.
+    prefix: of the backbone's names, such as "module.beit.". A head and the last norm may lack it or a part of
+    it; other tensors without it are not of this model. Buffers that follow from the config are removed.
     """
     pairs, foreign, converted, dropped = [], ["decode_head.", "auxiliary_head.", "fpn", "neck."], {}, []
     if source == "Hugging Face":
@@ -292,14 +315,19 @@ def convert_names(state, source, kind, path):
     if kind == "LinearProbe":
         foreign += HEADS
     for name, tensor in state.items():
-        name = rename(re.sub(r"^((module|_orig_mod|backbone|beit)\.)+", "", name), pairs)
+        in_backbone = name.startswith(prefix)
+        for part in prefix.split(".")[:-1]:
+            name = name.removeprefix(f"{part}.")
+        name = rename(name, pairs)
+        of_model = in_backbone or name.startswith(("lm_head.", "head.", "norm."))
+        if name.startswith(tuple(foreign)) or not of_model:
+            dropped.append(name)
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"{path}: expected tensors, found {name}, which is not one")
         if name in converted:
             raise UserError(f"{path}: expected one {name}, found two")
-        if name.startswith(tuple(foreign)):
-            dropped.append(name)
-        elif not name.endswith(("relative_position_index", "attn.k_bias")):
+        if not name.endswith(("relative_position_index", "attn.k_bias")):
             converted[name] = tensor.float() if tensor.is_floating_point() else tensor
     # Hugging Face has separate queries, keys and values, here q_weight, k_weight and v_weight: join them.
     for attn in [name.removesuffix("q_weight") for name in converted if name.endswith("attn.q_weight")]:
@@ -308,33 +336,86 @@ def convert_names(state, source, kind, path):
 
 
 def read_huggingface_config(folder, task, outputs):
-    """Return (fields of vit.ViTConfig, names of the classes or None) from the JSON files beside the weights.
+    """Return (fields of vit.ViTConfig, classes, eval_crop) from the JSON files beside the weights.
 
     Raises UserError if our models would compute something other than config.json describes.
     """
-    path, fields = folder / "config.json", {}
-    hf_config, hf_processor = read_json(path), read_json(folder / "preprocessor_config.json")
-    for name in ("mean", "std"):
-        if f"image_{name}" in hf_processor:
-            fields[f"pixel_{name}"] = tuple(hf_processor[f"image_{name}"])
+    path, fields, eval_crop = folder / "config.json", {}, None
+    hf_config, processor = read_json(path), read_json(folder / "preprocessor_config.json")
+    if processor:
+        with file_errors(folder / "preprocessor_config.json", "expected numbers for the pixels"):
+            mean, std = processor.get("image_mean", 0.5), processor.get("image_std", 0.5)
+            if not processor.get("do_normalize", True):
+                mean, std = 0, 1
+            factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+            fields = pixel_fields(mean, std, 255 * factor)
     if not hf_config:
-        return fields, None
+        return fields, None, None
     if hf_config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path}: expected hidden_act gelu, found {hf_config['hidden_act']}")
     if task != "none" and not hf_config.get("use_mean_pooling", True):
         raise UserError(f"{path}: expected use_mean_pooling true, as our models average the patches")
-    image_size, names = hf_config.get("image_size", 224), hf_config.get("id2label")
-    fields["image_size"] = tuple(image_size) if isinstance(image_size, list) else image_size
-    fields["heads"] = hf_config.get("num_attention_heads", 12)
-    fields["layer_norm_eps"] = hf_config.get("layer_norm_eps", 1e-12)
+    image_size, size = hf_config.get("image_size", 224), processor.get("size")
+    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
+    if height != width:
+        raise UserError(f"{path}: expected a square image_size, found {image_size}, for which transformers "
+                        "mixes up the positions")
+    if processor.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size:
+        eval_crop = min(1.0, height / size["shortest_edge"])
+    fields |= dict(image_size=height, heads=hf_config.get("num_attention_heads", 12),
+                   layer_norm_eps=hf_config.get("layer_norm_eps", 1e-12),
+                   layer_scale=hf_config.get("layer_scale_init_value", 0.1))
+    return fields, class_names(hf_config.get("id2label"), task, outputs, path), eval_crop
+
+
+def read_timm_config(folder, task, outputs):
+    """Return (fields of vit.ViTConfig, classes, eval_crop) from timm's config.json beside the weights.
+
+    Raises UserError if our models would compute something other than config.json describes.
+    """
+    path, eval_crop = folder / "config.json", None
+    timm_config = read_json(path)
+    if "architecture" not in timm_config:                              # config.json of something else
+        return {}, None, None
+    cfg = timm_config.get("pretrained_cfg", timm_config)
+    pool = timm_config.get("global_pool", "avg")
+    if task == "classification" and pool != "avg":
+        raise UserError(f"{path}: expected global_pool avg, as our models average the patches, found {pool}")
+    with file_errors(path, "expected numbers for the pixels"):
+        fields = pixel_fields(cfg.get("mean", vit.IMAGENET_MEAN), cfg.get("std", vit.IMAGENET_STD))
+        _, height, width = cfg.get("input_size", (3, 224, 224))
+        if cfg.get("crop_mode", "center") == "center":
+            eval_crop = height / int(height / (cfg.get("crop_pct") or 0.875))
+    fields["layer_norm_eps"] = 1e-6
+    if height != width:                                                # a square follows from the shapes
+        fields["image_size"] = (height, width)
+    if "num_heads" in timm_config.get("model_args", {}):
+        fields["heads"] = timm_config["model_args"]["num_heads"]
+    names = timm_config.get("label_names") or cfg.get("label_names") or cfg.get("labels")
+    return fields, class_names(names, task, outputs, path), eval_crop
+
+
+def pixel_fields(mean, std, scale=1.0):
+    """Return the fields pixel_mean and pixel_std of vit.ViTConfig, for pixels from 0 to 1.
+
+    mean, std: a number, or a list of one or three, for pixels from 0 to scale.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float64).expand(3) / scale for values in (mean, std))
+    return dict(pixel_mean=tuple(mean.tolist()), pixel_std=tuple(std.tolist()))
+
+
+def class_names(names, task, outputs, path):
+    """Return the names of classes in the order of the outputs, or None for other tasks and without names.
+
+    names: from the JSON file at path: a list, or {number: name}.
+    """
     if not names or task != "classification":
-        return fields, None
+        return None
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]         # the keys of ImageNet-22K have gaps
     if len(names) != outputs:
         raise UserError(f"{path}: expected names of {outputs} classes, found {len(names)}")
-    classes = [names[key] for key in sorted(names, key=int)]           # the keys of ImageNet-22K have gaps
-    if classes == [f"LABEL_{k}" for k in range(outputs)]:              # Hugging Face's default
-        classes = None
-    return fields, classes
+    return None if names == [f"LABEL_{k}" for k in range(outputs)] else names    # Hugging Face's default
 
 
 def infer_config(state, fields):
@@ -343,8 +424,7 @@ def infer_config(state, fields):
     fields: values known from elsewhere. What is not in them or the shapes is guessed: a square grid, heads of
     width 64 with absolute positions, 0.1 for layer_scale if there is one, and the defaults of ViTConfig.
     """
-    patches = state["patch_embed.proj.weight"]                         # (D, 3, P, P)
-    dim, patch_size = len(patches), patches.shape[-1]
+    dim, _, _, patch_size = state["patch_embed.proj.weight"].shape     # (D, 3, P, P)
     guessed = {"layer_norm_eps", "pixel_mean", "pixel_std"}
     table = next((name for name in state if name.endswith("relative_position_bias_table")), None)
     if table is None:
@@ -381,7 +461,8 @@ def build(path):
         elif info["task"] == "classification":
             model = vit.ImageClassifier(config, outputs)
         elif info["task"] == "segmentation":
-            model = vit.SemanticSegmenter(config, outputs, decoder_dim=state["decoder.0.weight"].shape[1])
+            first = state.get("decoder.0.weight", torch.empty(0, 1))   # there is none for odd patch sizes
+            model = vit.SemanticSegmenter(config, outputs, decoder_dim=first.shape[1])
         else:
             model = vit.VisionTransformer(config)
             if "norm.weight" not in state:
@@ -424,33 +505,45 @@ def save_timm(model, path):
     write_tensors({name: state[name] for name in state if not name.startswith(("mask_", "lm_head."))}, path)
 
 
-def save_huggingface(model, path, classes=None):
+def save_huggingface(model, path, classes=None, eval_crop=None):
     """Write a folder that transformers opens: config.json, preprocessor_config.json and the weights.
 
     MaskedImageModel -> BeitForMaskedImageModeling, ImageClassifier -> BeitForImageClassification, others ->
-    BeitModel (of a segmenter the backbone alone). classes: names of the classes. To classify an image:
+    BeitModel (of a segmenter the backbone alone). classes: names of the classes. eval_crop: as for
+    data.classification_transform; without it, the centre is the largest square. To classify an image:
 
-        from transformers import BeitForImageClassification, BeitImageProcessor
-        processor = BeitImageProcessor.from_pretrained(path)
+        from transformers import AutoImageProcessor, BeitForImageClassification
+        processor = AutoImageProcessor.from_pretrained(path)
         model = BeitForImageClassification.from_pretrained(path)
         logits = model(**processor(image, return_tensors="pt")).logits
 
     The tokenizer is not exported, because Hugging Face has no format for it. To decode predicted tokens, keep
     the file of the tokenizer: a model.pt of train_dvae.py, or DALL-E's .pkl files.
+
+    Raises UserError, before it writes anything, for images that are not square and for a folder with anything
+    but an earlier export.
     """
     config, architecture, head = model.config, "BeitModel", {}
+    size, width = config.image_hw
+    if size != width:
+        raise UserError(f"{path}: expected a model of square images, found {size}x{width}, for which "
+                        "transformers mixes up the positions")
+    folder, weights_name = Path(path), "model.safetensors" if safetensors else "pytorch_model.bin"
+    found = [file.name for file in folder.iterdir()] if folder.exists() else []
+    others = sorted(set(found) - {"config.json", "preprocessor_config.json", weights_name})
+    if found and (others or read_json(folder / "config.json").get("model_type") != "beit"):
+        raise UserError(f"{path}: expected a new folder, or one with nothing but an earlier export, found "
+                        f"{', '.join(others or found)}")
     if isinstance(model, vit.MaskedImageModel):
         architecture, head = "BeitForMaskedImageModeling", {"vocab_size": len(model.lm_head.weight)}
     elif isinstance(model, vit.ImageClassifier):
         architecture = "BeitForImageClassification"
         classes = list(classes or [f"LABEL_{k}" for k in range(len(model.head.weight))])
         head = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
-    height, width = config.image_hw
-    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {
         "model_type": "beit", "architectures": [architecture],
-        "image_size": height if height == width else [height, width], "patch_size": config.patch_size,
+        "image_size": size, "patch_size": config.patch_size,
         "num_channels": 3, "hidden_size": config.dim, "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads, "intermediate_size": int(config.dim * config.mlp_ratio),
         "hidden_act": "gelu", "layer_norm_eps": config.layer_norm_eps,
@@ -460,11 +553,15 @@ def save_huggingface(model, path, classes=None):
         "use_absolute_position_embeddings": config.position == "absolute",
         "use_relative_position_bias": config.position == "relative",
         "use_shared_relative_position_bias": config.position == "shared_relative", **head})
+    # The processor without "Fast" in its name knows no shortest_edge in transformers 4.
     write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "BeitImageProcessor", "size": {"height": height, "width": width},
-        "do_center_crop": False, "image_mean": config.pixel_mean, "image_std": config.pixel_std})
-    write_tensors(huggingface_state_dict(model),
-                  folder / ("model.safetensors" if safetensors else "pytorch_model.bin"))
+        "image_processor_type": "BeitImageProcessorFast",
+        "do_convert_rgb": True, "do_resize": True, "resample": 3,    # bicubic
+        "size": {"shortest_edge": round(size / (eval_crop or 1))},
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std})
+    write_tensors(huggingface_state_dict(model), folder / weights_name)
 
 
 def huggingface_state_dict(model):
@@ -490,15 +587,19 @@ def main():
         parser.error(f"--to: must be huggingface or timm, got {target}")
     if target == "huggingface" and Path(out).is_file():
         parser.error(f"--to: huggingface takes a folder, and {out} is a file")
+    if target == "huggingface" and Path(out).resolve() == Path(args.file).resolve().parent:
+        parser.error(f"--to: huggingface takes another folder than that of {args.file}")
     if target == "timm" and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         parser.error(f"--to: timm takes a file in a folder that exists, got {out or 'nothing'}")
+    if target == "timm" and Path(out).exists():
+        parser.error(f"--to: timm takes a new file, and {out} exists")
     with one_line_errors():
         model, info = build(args.file)
         say(f"{args.file}: {info['source']}, {type(model).__name__}, {info['outputs'] or 'no'} outputs, "
             f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
             f"{len(info['dropped'])} tensors left out\n{info['config']}")
         if target == "huggingface":
-            save_huggingface(model, out, info["classes"])
+            save_huggingface(model, out, info["classes"], info["eval_crop"])
         elif target == "timm":
             save_timm(model, out)
         if target:

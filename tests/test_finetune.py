@@ -82,6 +82,27 @@ def test_the_saved_model_is_what_was_evaluated(finetuned, tmp_path):
     assert info["task"] == "classification" and "mask_token" not in model.state_dict()
 
 
+@pytest.mark.parametrize("flags, expected", [
+    ("--eval", 0.7), ("--eval --eval-crop 0.5", 0.5), ("--eval --preset base-384", 0.7), ("", 0.875)])
+def test_evaluation_crops_as_the_run_did(finetuned, tmp_path, flags, expected):
+    saved = torch.load(finetuned[0] / "model.pt", weights_only=True)
+    assert saved["config"]["eval_crop"] == json.loads((finetuned[0] / "config.json").read_text())["eval_crop"]
+    saved["config"]["eval_crop"] = 0.7
+    torch.save(saved, tmp_path / "model.pt")
+    preset = "" if "preset" in flags else "--preset base"
+    args = small_args(finetune, tmp_path, "--init", tmp_path / "model.pt", *flags.split(), *preset.split())
+    open_checkpoint(args, evaluate=args.eval)
+    assert args.eval_crop == expected
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt"])
+def test_a_checkpoint_to_continue_from_is_not_for_init(finetuned, tmp_path, name):
+    message = f"^{finetuned[0] / name}: expected final weights, .*; give {finetuned[0] / 'model.pt'}, [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        train_small(finetune, tmp_path / "next", "--init", finetuned[0] / name)
+    assert not (tmp_path / "next").exists()
+
+
 def test_a_run_continues_bit_for_bit(pretrained, tmp_path):
     """After step 4, from the checkpoint of step 3."""
     flags = ["--init", pretrained, *"--drop-path 0.2 --mixup 0.8 --eval-every 3".split()]

@@ -2,9 +2,11 @@ import argparse
 import collections
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import pickle
+import re
 import textwrap
 import zipfile
 
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import equal
+from PIL import Image
 
+import data
 import pretrained
 import probe
 import vit
@@ -50,10 +54,19 @@ def initialise(model, path, classes=None):
     return pretrained.initialise(model, path, *weights.load(path), classes)
 
 
-def write_model(model, path, classes=None):
+def write_model(model, path, classes=None, **more):
     """Write model.pt as a run does."""
-    config = {"vit": dataclasses.asdict(model.config), "classes": classes and list(classes)}
+    config = {"vit": dataclasses.asdict(model.config), "classes": classes and list(classes), **more}
     return save({"model": model.state_dict(), "config": config, "kind": type(model).__name__}, path)
+
+
+def named(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without(state, part):
+    """A state_dict without the names that contain this part."""
+    return {name: tensor for name, tensor in state.items() if part not in name}
 
 
 # ---- Tokenizers ----
@@ -180,11 +193,17 @@ def test_damaged_files_and_other_files(tmp_path, monkeypatch):
             (tmp_path / name).touch()
         with pytest.raises(UserError, match=f"^{tmp_path / name}: {message}"):
             weights.build(tmp_path / name)
-    twice = state | {"module.norm.bias": state["norm.bias"]}
+    twice = named("module.", state) | {"norm.bias": state["norm.bias"]}
     for value, message in ((state | {"norm.bias": "a"}, "expected tensors, found norm.bias"),
                            (twice, "expected one norm.bias, found two"),
                            ([1, 2], "expected a BEiT .* found list"),
-                           ({"state_dict": {}}, "expected a BEiT .* found dict")):
+                           ({"state_dict": {}}, "expected a BEiT .* found dict"),
+                           ({"state": {}, "param_groups": []}, ".* found dict with state, param_groups"),
+                           (named("student.", state) | named("teacher.", state),
+                            "expected one BEiT, found 2, with student.patch_.*, teacher.patch_.*; save one"),
+                           (without(state, "relative_position"), r"expected a BEiT \(missing: 'pos_embed'\)"),
+                           (without(state, "fc1.weight"), r"expected a BEiT \(missing: '.*.fc1.weight'\)"),
+                           ({"kind": "ImageClassifier", "model": state}, r".* \(missing: 'config'\)")):
         with pytest.raises(UserError, match=f"x.pt: {message}"):
             weights.load(save(value, path))
 
@@ -212,7 +231,7 @@ def test_released_checkpoints(tmp_path, position, layer_scale, zipped):
     assert equal(loaded, state) and equal(weights.build(path)[0].state_dict(), state)
     guessed = ["heads"] * (position == "absolute") + ["layer_norm_eps"] + ["layer_scale"] * bool(layer_scale)
     assert info == dict(source="released BEiT", task="masked image modeling", outputs=50, classes=None,
-                        guessed=guessed + ["pixel_mean", "pixel_std"], dropped=[],
+                        eval_crop=None, guessed=guessed + ["pixel_mean", "pixel_std"], dropped=[],
                         config=dataclasses.replace(config, drop_path=info["config"].drop_path))
     found = weights.read_file(path)
     inert = [found[name] for name in list(BESIDE)[1:10]] + [found["factory"]["missing"]]
@@ -221,13 +240,15 @@ def test_released_checkpoints(tmp_path, position, layer_scale, zipped):
 
 
 @pytest.mark.parametrize("nest", ["model", "module", "state_dict"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "backbone."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "backbone.", "student.",
+                                    "teacher.backbone.", "encoder.", "visual_encoder.", "base_model.model."])
 def test_prefixes_of_wrappers(tmp_path, prefix, nest):
+    """With tensors of other models beside it, which have another prefix or none."""
     state = vit.VisionTransformer(backbone("relative")).half().state_dict()
-    wrapped = {prefix + name: tensor for name, tensor in state.items()}
-    wrapped |= {"decode_head.a": torch.zeros(1), f"{prefix}fpn1.0.weight": torch.zeros(1)}
-    loaded, info = weights.load(save({nest: wrapped}, tmp_path / "x.pth"))
-    assert info["dropped"] == ["decode_head.a", "fpn1.0.weight"] and info["source"] == "released BEiT"
+    others = {name: torch.zeros(1) for name in ("decode_head.a", f"{prefix}fpn1.0.weight", "text.blocks.0.a")}
+    loaded, info = weights.load(save({nest: {**named(prefix, state), **others}}, tmp_path / "x.pth"))
+    assert info["dropped"] == ["decode_head.a", "fpn1.0.weight", "text.blocks.0.a"]
+    assert info["source"] == "released BEiT"
     assert equal(loaded, {name: tensor.float() for name, tensor in state.items()})
     assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
@@ -350,7 +371,8 @@ def test_a_head_for_the_class_token_is_not_applied_to_the_mean(tmp_path):
     ("surprise", torch.zeros(1), "Unexpected key.*surprise"),
     ("blocks.1.attn.proj.weight", torch.zeros(64, 32), "size mismatch for blocks.1.attn.proj.weight"),
     (SHARED_TABLE, torch.zeros(2, 1), SHARED_TABLE),
-    ("patch_embed.proj.weight", torch.zeros(64, 192), "size mismatch for patch_embed.proj.weight")])
+    *[("patch_embed.proj.weight", torch.zeros(shape), "expected square patches of 3 colours, .* found .*]")
+      for shape in ((64, 192), (64, 1, 8, 8), (64, 4, 8, 8), (64, 3, 8, 16), (64,), ())]])
 def test_anything_unexpected_is_an_error(tmp_path, name, value, message):
     state = {**vit.MaskedImageModel(backbone(), 50).state_dict(), name: value}
     path = save({name: state[name] for name in state if state[name] is not None}, tmp_path / "x.pth")
@@ -358,6 +380,25 @@ def test_anything_unexpected_is_an_error(tmp_path, name, value, message):
         initialise(vit.ImageClassifier(backbone(), 5), path)
     with pytest.raises(UserError, match=f"^[^\\n]*x.pth: [^\\n]*{message}[^\\n]*$"):
         weights.build(path)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 6, 7, 12, 15])
+@pytest.mark.parametrize("decoder_dim", [16, 80, 256])
+def test_segmenters_of_any_patch_size_are_read_again(tmp_path, patch_size, decoder_dim):
+    config = vit.ViTConfig(image_size=4 * patch_size, patch_size=patch_size, dim=16, depth=1, heads=2)
+    model = vit.SemanticSegmenter(config, 4, decoder_dim)
+    built, info = weights.build(write_model(model, tmp_path / "model.pt", "abcd"))
+    assert equal(built.state_dict(), model.state_dict()) and info["task"] == "segmentation"
+
+
+def test_a_script_asks_for_the_side_of_a_square(tmp_path):
+    model, args = vit.VisionTransformer(backbone(image_size=(32, 48))), argparse.Namespace(given=[])
+    args.init, args.image_size = write_model(model, tmp_path / "model.pt"), None
+    with pytest.raises(UserError, match="^--image-size: .*model.pt has 32x48; give the side of a square"):
+        pretrained.open_checkpoint(args)
+    args.image_size = 40
+    pretrained.open_checkpoint(args)
+    assert args.image_size == 40
 
 
 # ---- Positions at another image size ----
@@ -507,7 +548,8 @@ def test_hugging_face_both_ways(transformers, tmp_path, monkeypatch, Model, suff
 
 
 @pytest.mark.parametrize("change, wrong", [
-    ({}, None), ({"num_attention_heads": 4}, None), ({"image_size": [32, 48]}, None),
+    ({}, None), ({"num_attention_heads": 4}, None), ({"image_size": [32, 32]}, None),
+    ({"image_size": [32, 48]}, r"a square image_size, found \[32, 48\]"),
     ({"layer_norm_eps": 1e-12}, None), ({"layer_norm_eps": 1e-3}, None),
     ({"hidden_act": "relu"}, "hidden_act gelu, found relu"),
     ({"use_mean_pooling": False}, "use_mean_pooling true|expected one norm"),
@@ -564,6 +606,128 @@ def test_json_beside_hugging_faces_weights(transformers, tmp_path):
     assert weights.load(weights_in(tmp_path))[1]["classes"] == ["a", "b", "c"]
 
 
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({}, HALF), ({"image_mean": 0.5, "image_std": [0.25]}, ((0.5,) * 3, (0.25,) * 3)),
+    ({"do_normalize": False}, ((0.0,) * 3, (1.0,) * 3)),
+    ({"do_normalize": False, "image_mean": None, "image_std": None}, ((0.0,) * 3, (1.0,) * 3)),
+    ({"rescale_factor": 1 / 127.5}, ((0.25,) * 3, (0.25,) * 3)),
+    ({"do_rescale": False, "image_mean": [120, 110, 100], "image_std": 51},
+     ((120 / 255, 110 / 255, 100 / 255), (0.2,) * 3)),
+    ({"do_rescale": False, "do_normalize": False}, ((0.0,) * 3, (1 / 255,) * 3)),
+    ({"image_mean": None}, "NoneType"), ({"image_std": [0.5, 0.5]}, "size"), ({"image_mean": "a"}, "str"),
+    ({"rescale_factor": None}, "NoneType"), (None, HALF)])
+def test_preprocessor_json_is_obeyed_or_refused(transformers, tmp_path, change, expected):
+    """Against the processor of transformers, on images of the model's size; None: there is no such file."""
+    model = transformers.BeitModel(hf_config(transformers, backbone("relative")))
+    model.save_pretrained(tmp_path)
+    if change is not None:
+        change = {"image_processor_type": "BeitImageProcessor", "size": {"height": 32, "width": 32}, **change}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=rf"processor_config.json: expected numbers .*{expected}[^\n]*$"):
+            weights.load(weights_in(tmp_path))
+        return
+    config, guessed = (weights.load(weights_in(tmp_path))[1][name] for name in ("config", "guessed"))
+    assert [config.pixel_mean, config.pixel_std] == [pytest.approx(values) for values in expected]
+    assert guessed == (["pixel_mean", "pixel_std"] if change is None else [])
+    if change is not None:
+        images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        pixels = processor(list(images), return_tensors="pt")["pixel_values"].float()
+        torch.testing.assert_close(pixels, normalised(images / 255, config), atol=1e-4, rtol=1e-4)
+
+
+def wide_image():
+    pixels = torch.rand(12, 26, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    return Image.fromarray(pixels).resize((260, 120), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("eval_crop", [None, 1.0, 0.875, 0.6])
+@pytest.mark.parametrize("Processor", ["AutoImageProcessor", "BeitImageProcessor"])
+def test_an_export_prepares_images_as_our_evaluation_does(transformers, tmp_path, Processor, eval_crop):
+    """On a wide image, also in grey; resampling differs by one level of 255."""
+    model = vit.ImageClassifier(backbone(), 3)
+    recorded = {} if eval_crop is None else {"eval_crop": eval_crop}
+    built, info = weights.build(write_model(model, tmp_path / "model.pt", "abc", **recorded))
+    assert info["eval_crop"] == eval_crop
+    weights.save_huggingface(built, tmp_path / "hf", info["classes"], info["eval_crop"])
+    processor = getattr(transformers, Processor).from_pretrained(tmp_path / "hf")
+    transform = data.classification_transform(32, train=False, eval_crop=eval_crop or 1.0)
+    for image in (wide_image(), wide_image().rotate(90, expand=True), wide_image().convert("L")):
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        ours = normalised(transform(image.convert("RGB"))[None] / 255, model.config)
+        assert (pixels - ours).abs().max() < 1.05 / 255 / min(model.config.pixel_std)
+    exported = weights.load(weights_in(tmp_path / "hf"))[1]["eval_crop"]
+    assert round(32 / exported) == round(32 / (eval_crop or 1.0))
+
+
+@pytest.mark.parametrize("position", vit.POSITIONS)
+def test_rectangles_are_not_exported_to_hugging_face(tmp_path, position):
+    model = vit.VisionTransformer(backbone(position, image_size=(32, 48)))
+    with pytest.raises(UserError, match="hf: expected a model of square images, found 32x48"):
+        weights.save_huggingface(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+BEIT_JSON = b'{"model_type": "beit"}'
+
+
+@pytest.mark.parametrize("target, files, refused", [
+    ("huggingface", {}, None),
+    ("huggingface", {"config.json": BEIT_JSON, "preprocessor_config.json": b"{}", "WEIGHTS": b"x"}, None),
+    ("huggingface", {"config.json": BEIT_JSON, "OTHER": b"x"}, "nothing but an earlier export, found OTHER"),
+    ("huggingface", {"config.json": BEIT_JSON, "WEIGHTS": b"x", "README.md": b"x"}, "found README.md"),
+    ("huggingface", {"config.json": b'{"preset": "demo"}', "last.pt": b"x"}, "found last.pt"),
+    ("huggingface", {"config.json": b'{"preset": "demo"}'}, "found config.json"),
+    ("huggingface", {"config.json": b'{"architecture": "beit"}', "WEIGHTS": b"x"}, "found .*WEIGHTS"),
+    ("huggingface", {"config.json": b"[]"}, "found config.json"),
+    ("huggingface", {"WEIGHTS": b"x"}, "found WEIGHTS"),
+    ("huggingface", {"config.json": b"{"}, "config.json: expected JSON"),
+    ("huggingface", {"config.json": BEIT_JSON, "WEIGHTS": None}, "takes another folder than that of"),
+    ("timm", {}, None), ("timm", {"OUT": b"x"}, "timm takes a new file"),
+    ("timm", {"OUT": None}, "timm takes a new file")])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_export_replaces_nothing_else(tmp_path, monkeypatch, capsys, suffix, target, files, refused):
+    """None stands for the file that is exported."""
+    names = {"WEIGHTS": "model.safetensors", "OTHER": "pytorch_model.bin", "OUT": "out.bin"}
+    if suffix == ".bin":
+        names["WEIGHTS"], names["OTHER"] = names["OTHER"], names["WEIGHTS"]
+        monkeypatch.setattr(weights, "safetensors", None)
+    folder, path = tmp_path / "folder", tmp_path / "model.bin"
+    written = folder / names["OUT" if target == "timm" else "WEIGHTS"]
+    folder.mkdir()
+    model = write_model(vit.VisionTransformer(backbone("relative")), path).read_bytes()
+    for name, content in files.items():
+        (folder / names.get(name, name)).write_bytes(content or model)
+        path = path if content else folder / names[name]
+        refused = refused and refused.replace(name, names.get(name, name))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    out = str(written if target == "timm" else folder)
+    monkeypatch.setattr("sys.argv", ["weights.py", str(path), "--to", target, out])
+    if refused:
+        with pytest.raises(SystemExit, match="2"):
+            weights.main()
+        *_, line = capsys.readouterr().err.splitlines()
+        assert re.search(refused, line)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        return
+    weights.main()
+    assert type(weights.load_model(written)) is vit.VisionTransformer
+
+
+@pytest.mark.parametrize("Model", ["Data2VecVisionModel", "Data2VecVisionForImageClassification"])
+def test_data2vec_of_hugging_face(transformers, tmp_path, Model):
+    """The same architecture, with another prefix."""
+    fields = hf_config(transformers, backbone("relative", layer_scale=0.1), num_labels=5).to_dict()
+    fields |= {"model_type": "data2vec-vision", "attn_implementation": "eager"}
+    hf_model = randomised(getattr(transformers, Model)(transformers.Data2VecVisionConfig(**fields)))
+    hf_model.save_pretrained(tmp_path)
+    assert_same(weights.load_model(weights_in(tmp_path)), hf_model)
+
+
 def test_decoders_of_segmenters_are_left_behind(transformers, tmp_path):
     config = backbone("relative", depth=4, layer_scale=0.1)
     hf_model = randomised(transformers.BeitForSemanticSegmentation(
@@ -602,6 +766,54 @@ def test_timm_both_ways(tmp_path, position, layer_scale, image_size):
     weights.save_timm(vit.MaskedImageModel(config, 50), tmp_path / "back.pt")
     _, unexpected = back.load_state_dict(torch.load(tmp_path / "back.pt"), strict=False)
     assert unexpected == ["norm.weight", "norm.bias"]                  # without [M] and token head
+
+
+@pytest.mark.parametrize("flags, change, expected", [
+    ({}, {}, {}), ({"img_size": (32, 48)}, {}, {"image_size": (32, 48)}),
+    ({"use_abs_pos_emb": True, "use_rel_pos_bias": False, "num_heads": 4}, {}, {"heads": 4}),
+    ({}, {"label_names": {"0": "x", "4": "y", "12": "z"}}, {"classes": list("xyz")}),
+    ({}, {"label_names": None}, {"classes": None}), ({}, {"label_names": ["a"]}, "names of 3 .* found 1"),
+    ({}, {"global_pool": "token"}, "global_pool avg, .* found token"),
+    ({}, {"mean": 0.5, "std": [0.25]}, {"pixel_mean": (0.5,) * 3, "pixel_std": (0.25,) * 3}),
+    ({}, {"mean": [0.5, 0.5]}, "numbers for the pixels"), ({}, {"crop_mode": "squash"}, {"eval_crop": None}),
+    ({}, {"crop_pct": 0.9}, {"eval_crop": 32 / 35})])
+def test_timms_config_json_is_obeyed_or_refused(tmp_path, flags, change, expected):
+    """A folder of timm, against timm's own model and transform; its classes are not in alphabetical order."""
+    timm, hub = pytest.importorskip("timm"), pytest.importorskip("timm.models._hub")
+    sizes = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=3)
+    model = randomised(timm.create_model("beit_base_patch16_224", **{**sizes, **flags}))
+    own = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8, crop_mode="center")
+    hub.save_for_hf(model, tmp_path, {"label_names": ["c", "a", "b"], "pretrained_cfg": own})
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    cfg = written["pretrained_cfg"]
+    for name, value in change.items():
+        (cfg if name in own else written)[name] = value
+    path.write_text(json.dumps(written))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"/config.json: expected {expected}"):
+            weights.load(weights_in(tmp_path))
+        return
+    ours, info = weights.build(weights_in(tmp_path))
+    found = {**info, **vars(info["config"])}
+    given = {"classes": ["c", "a", "b"], "pixel_mean": own["mean"], "pixel_std": own["std"], "eval_crop": 0.8,
+             "image_size": 32, "heads": 2, "layer_norm_eps": 1e-6, "guessed": ["layer_scale"], **expected}
+    assert {name: found[name] for name in given} == given
+    images = torch.rand(2, 3, *ours.config.image_hw)
+    if info["eval_crop"] and ours.config.image_size == 32:
+        theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))(wide_image())
+        transform = data.classification_transform(32, train=False, eval_crop=info["eval_crop"])
+        images = transform(wide_image())[None] / 255
+        close(normalised(images, ours.config), theirs[None])
+    with torch.no_grad():
+        close(ours(images), model(normalised(images, ours.config)))
+
+
+def test_config_json_of_something_else_beside_timms_weights(tmp_path):
+    """Such as that of a run."""
+    weights.save_timm(vit.ImageClassifier(backbone("relative"), 3), tmp_path / "x.bin")
+    (tmp_path / "config.json").write_text('{"image_size": 64, "heads": 8, "pixel_mean": [0, 0, 0]}')
+    assert weights.load(tmp_path / "x.bin")[1]["config"].pixel_mean == vit.IMAGENET_MEAN
 
 
 @pytest.mark.parametrize("target", ["huggingface", "timm"])
