@@ -40,7 +40,7 @@ def open_checkpoint(args, *, evaluate=False, copy_shared_table=True):
         if not Path(args.init).is_file():
             raise UserError(f"--init: {args.init} does not exist; {script} writes it, --init FILE names "
                             "another checkpoint, --init none trains from scratch")
-        run_folder.check_default("init", args.init, args)
+        run_folder.check_default("init", args.init, args.data)
     state, info = weights.load(args.init)
     if evaluate and "image_size" not in args.given:
         args.image_size = None                                         # the checkpoint's, not the preset's

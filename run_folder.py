@@ -104,12 +104,12 @@ def record(args, inputs):
         write_json(Path(folder, "config.json"), {**config, "inputs": {**known, **inputs}})
 
 
-def check_default(flag, path, args):
-    """Raise UserError unless a default, the file `path`, is of a run on the same --data."""
+def check_default(flag, path, same_data):
+    """Raise UserError unless a default, the file `path`, is of a run on the data same_data."""
     trained_on = resolve("data", (read_config(Path(path).parent) or {}).get("data"))
-    if trained_on != resolve("data", args.data):
+    if trained_on != resolve("data", same_data):
         raise UserError(f"--{flag}: {path} was trained on {trained_on or 'unknown images'}, and --data is "
-                        f"{args.data}; --{flag} FILE takes a checkpoint of any images")
+                        f"{same_data}; --{flag} FILE takes a checkpoint of any images")
 
 
 def check_out(args):

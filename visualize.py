@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 import data
 import launch
 import plots
+import run_folder
 import vit
 import weights
 from folders import BadFile, open_image
@@ -290,12 +291,16 @@ def parse_args(argv=None):
     args.out = Path(args.out or f"runs/{args.what}.png")
     if args.what in use_model.split() and args.init is None:
         args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
+        if Path(args.init).exists():
+            run_folder.check_default("init", args.init, getattr(args, "data", "shapes"))
     return args
 
 
 def main():
     with launch.one_line_errors():
         args = parse_args()
+        if args.out.resolve() in [Path(path).resolve() for path in getattr(args, "images", None) or []]:
+            raise UserError(f"--out: {args.out} is one of --images; name another file")
         if args.out.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or args.out.is_dir():
             raise UserError(f"--out: must be a file that ends in .png, .pdf, .svg or .jpg, got {args.out}")
         figure = COMMANDS[args.what](args)

@@ -152,6 +152,13 @@ def test_which_device(monkeypatch, flag, gpus, device):
             launch.join_processes(flag, "auto")
 
 
+def test_scripts_without_docstrings_have_a_help(monkeypatch, capsys):
+    """As of python -OO."""
+    with pytest.raises(SystemExit):
+        launch.make_parser("pretrain.py", None).parse_args(["--help"])
+    assert "usage: pretrain.py" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rank, processes", [("0", "0"), ("2", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
 def test_an_environment_that_torchrun_does_not_make(rank, processes, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
@@ -162,7 +169,7 @@ def test_an_environment_that_torchrun_does_not_make(rank, processes, monkeypatch
 
 
 @pytest.mark.parametrize("command", [
-    "{python} {script} >&- 2>&-", "{python} {script} >/dev/full", "{python} {script} 2>/dev/full",
+    "{python} {script} >&- 2>&-", "{python} {script} >/dev/full 2>/dev/full",
     "({python} {script}; echo $? >status) | true; exit `cat status`"])
 def test_output_that_fails_does_not_end_a_run(command, tmp_path):
     """Closed, on a full disk, or a pipe that nobody reads: the run goes on, to its own end."""

@@ -178,6 +178,15 @@ def test_files_of_a_run(tmp_path):
     assert moved == pytest.approx(line["lr"], rel=1e-3)
 
 
+@pytest.mark.parametrize("target, val_loss, warns", [("tokens", 2.1, True), ("tokens", 1.9, False),
+                                                     ("pixels", 2.1, True), ("pixels", 1.9, False)])
+def test_a_loss_above_the_baseline(tokenizer, tmp_path, monkeypatch, capsys, target, val_loss, warns):
+    report = {"val_loss": val_loss, "unigram_entropy" if target == "tokens" else "mean_loss": 2.0}
+    monkeypatch.setattr(pretrain, "evaluate", lambda *args: report)
+    train(tokenizer if target == "tokens" else None, tmp_path, "--steps", "1", "--target", target)
+    assert ("warning: val_loss is above the loss of a pred" in capsys.readouterr().out) == warns
+
+
 def test_the_printed_command_trains_the_same_tokenizer(tmp_path, capsys):
     """Bit for bit, with flags that pretrain.py passes on, and a path that must be quoted."""
     out = tmp_path / "a run"

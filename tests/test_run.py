@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,6 +358,7 @@ def test_out_that_other_machines_do_not_see(tmp_path, monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "all_sum", lambda seen: seen + rank)    # rank 0 sees it, rank 1 does not
+    monkeypatch.setattr(run_module, "becomes_visible", Path.exists)    # without waiting
     with pytest.raises(UserError, match="^--out: .*run .*all machines; name a"):
         open_run(tmp_path / "run")
 

@@ -160,9 +160,7 @@ def test_a_default_checkpoint_is_of_the_same_images(script, trained_on, images):
     config = Path("runs/pretrain-pictures/config.json")
     if trained_on:
         config.write_text(json.dumps({"data": trained_on}))
-    flags = ["--data", "mine/pictures", "--batch-size", "4"]
-    if script is not probe:
-        flags += ["--mixup", "0", "--cutmix", "0"] if script is finetune else []
+    flags = ["--data", "mine/pictures", "--batch-size", "4", "--preset", "demo"]
     found = f"{images}/other/pictures" if trained_on else "unknown images"
     message = f"--init: runs/pretrain-pictures/model.pt was trained on {found}, and --data is mine/pictures"
     with pytest.raises(UserError, match=message):

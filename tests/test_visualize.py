@@ -405,6 +405,7 @@ def folder(tmp_path_factory):
     tokenizer, model = small_tokenizer(), small_model(position="shared_relative")
     config = {"vit": dataclasses.asdict(model.config), "vocab_size": 50}
     out = write_log(folder / "runs/pretrain-shapes")
+    (out / "config.json").write_text('{"data": "shapes"}')
     (out / "tokenizer").mkdir()
     (out / "tokenizer/config.json").write_text('{"image_size": 16}')
     for name, saved, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
@@ -507,6 +508,8 @@ def test_unreadable_held_out_images(tmp_path):
     masks --data cifar10 --images grey.png | --data: has no effect with --images
     pipeline --data a --init a --images grey.png | --data: has no effect with --images
     tokens --init a.pt --tokenizer b.pt | --init: has no effect with --tokenizer
+    tokens --images grey.png --out ./grey.png | --out: grey.png is one of --images; name another file
+    attention --data other/shapes | --init: runs/pretrain-shapes/model.pt was trained on shapes, and --data
     masks --count 101 | argument --count: must be from 1 to 100, got 101
     pipeline --init pixels/model.pt | --init: must be a model that predicts tokens, but pixels
     predict --init pixels/model.pt --tokenizer a.pt | --init: must be a model that predicts tokens, but pixels
