@@ -6,6 +6,7 @@
     start(parse_args, train)                                    # train(args, device) in each process
 """
 import argparse
+import ctypes
 import dataclasses
 import functools
 import math
@@ -309,6 +310,7 @@ def join_processes(device, precision):
     this machine has fewer GPUs than processes.
     """
     torch.set_flush_denormal(True)    # on some CPUs arithmetic on denormal numbers is many times slower
+    keep_freed_memory()
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cpu" or (device == "auto" and gpus == 0):
         device, group = torch.device("cpu"), dict(backend="gloo")
@@ -323,6 +325,15 @@ def join_processes(device, precision):
     if world_size() > 1:
         dist.init_process_group(**group)
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep large blocks for the next step. Otherwise Linux clears new pages each time."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                              # of malloc.h
+    with suppress(OSError, AttributeError):                            # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)                                         # no block of its own outside the heap
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)                         # the heap never shrinks
 
 
 @functools.cache
