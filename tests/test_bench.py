@@ -43,6 +43,7 @@ def test_a_step_trains_and_clips_the_gradient(tmp_path, monkeypatch):
     assert norms == [3] and not any(old.equal(new) for old, new in zip(before, after) if old.any())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("only, rows", [
     ((), {"limit: decoding JPEGs, one core", "masks, one core", "two views and a mask, one core", "tokenizer",
           "pre-training step"}),

@@ -273,7 +273,8 @@ def test_wrong_command_lines_are_refused(script, flags, error, files, tmp_path, 
     assert not list(tmp_path.iterdir()) and list_files(files) == before
 
 
-@pytest.mark.parametrize("options", [[], ["-P"]])    # -P: sys.path lacks the folder
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.long),
+                                     ["-P"]])                          # sys.path lacks the folder
 def test_a_script_that_runs_as_a_process(options, tmp_path):
     if options == ["-P"] and sys.version_info < (3, 11):
         pytest.skip("Python 3.11 has it")

@@ -91,7 +91,7 @@ def test_workers_and_pieces_change_no_bit(tokenizer, tmp_path, record_fault):
 
 
 @pytest.mark.parametrize("script, flags, divisions", [
-    ("finetune", [], [(2, 1)]),
+    pytest.param("finetune", [], [(2, 1)], marks=pytest.mark.long),
     ("segment", ["--scale", 0.3, 2], [(1, 3), (2, 2)]),    # crops with padding: not all pixels are counted
     ("pretrain", ["--no-exact-masks", "--target", "pixels"], [(1, 4), (2, 3)])])
 def test_processes_and_parts_equal_one(script, flags, divisions, pretrained, tmp_path):

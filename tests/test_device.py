@@ -119,6 +119,7 @@ def test_tokenizer_and_pretraining_on_pixels(gpu, script, flags, picture, tmp_pa
     assert {"model.pt", picture} < train(script, gpu, tmp_path, *flags)
 
 
+@pytest.mark.long
 def test_pretrain_on_tokens_continue_and_use_the_model(gpu, tmp_path):
     out, flags = tmp_path / "pretrain", [*MODEL, "--tokenizer-steps", 1]
     train(pretrain, gpu, out, *flags)

@@ -169,7 +169,8 @@ def test_an_environment_that_torchrun_does_not_make(rank, processes, monkeypatch
 
 
 @pytest.mark.parametrize("command", [
-    "{python} {script} >&- 2>&-", "{python} {script} >/dev/full 2>/dev/full",
+    "{python} {script} >&- 2>&-",
+    pytest.param("{python} {script} >/dev/full 2>/dev/full", marks=pytest.mark.long),
     "({python} {script}; echo $? >status) | true; exit `cat status`"])
 def test_output_that_fails_does_not_end_a_run(command, tmp_path):
     """Closed, on a full disk, or a pipe that nobody reads: the run goes on, to its own end."""

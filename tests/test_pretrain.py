@@ -187,6 +187,7 @@ def test_a_loss_above_the_baseline(tokenizer, tmp_path, monkeypatch, capsys, tar
     assert ("warning: val_loss is above the loss of a pred" in capsys.readouterr().out) == warns
 
 
+@pytest.mark.long
 def test_the_printed_command_trains_the_same_tokenizer(tmp_path, capsys):
     """Bit for bit, with flags that pretrain.py passes on, and a path that must be quoted."""
     out = tmp_path / "a run"
@@ -239,6 +240,7 @@ def test_dall_e_is_a_tokenizer(tmp_path, with_decoder):
     assert abs(lines[0]["loss"] - math.log(512)) < 0.5 and (tmp_path / "run/predictions.png").exists()
 
 
+@pytest.mark.long
 def test_accumulated_parts_make_the_same_step(tokenizer, tmp_path):
     whole, parts = (train(tokenizer, tmp_path / n, "--steps", "3", "--accumulate", n) for n in "14")
     for a, b in zip(whole, parts, strict=True):

@@ -43,6 +43,7 @@ def write_run(folder, command, top1, model):
     torch.save(model, folder / "model.pt")
 
 
+@pytest.mark.long
 def test_each_claim_has_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = vit.ViTConfig(image_size=64, patch_size=16, dim=8, depth=4, heads=2)

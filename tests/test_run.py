@@ -381,6 +381,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.long
 def test_one_process_at_a_time(tmp_path):
     """A killed process holds no lock, even while a process that it forked, such as a loader's, lives on."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, tmp_path / "run"], cwd=ROOT, text=True,

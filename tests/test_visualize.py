@@ -160,6 +160,7 @@ def crowded_figures():
         "segments": lambda: plots.figure_segments(images[:9], tokens[:9], tokens[:9], names)}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")                                   # a layout that does not fit, no glyph
 @pytest.mark.parametrize("name", crowded_figures())
 def test_crowded_figures_have_room_for_all_texts(name):
