@@ -113,9 +113,12 @@ def train(args, device):
         bound = "" if args.exact_masks else "more than "
         num_masked = number_to_mask(args.mask_ratio, config.grid)
         launch.say(f"{bound}{num_masked} of {math.prod(config.grid)} patches are masked")
+    images, token_images, mask, _ = to_device(data.sample_batch(val_views, 12, collate_views), device)
+    look = partial(plots.predictions, model, tokenizer, images, token_images, mask)
+    gallery = plots.Gallery("predictions.png", look, plots.figure_predictions, measure="val_loss")
     network = run.prepare(model, parameter_groups(model, args.weight_decay),
                           evaluate=partial(evaluate, model, tokenizer, val_views, args, device),
-                          evaluate_first=True, log_prefix="")
+                          evaluate_first=True, log_prefix="", gallery=gallery)
     for batch in run.batches(views, collate_views):
         images, token_images, mask, places = to_device(batch, device)
         with run.autocast():
@@ -126,8 +129,6 @@ def train(args, device):
     report = run.finish(model, {"vit": dataclasses.asdict(config), "vocab_size": model.lm_head.out_features})
     if report["val_loss"] > report["unigram_entropy" if tokenizer else "mean_loss"]:
         launch.say("warning: val_loss is above the loss of a prediction that ignores the image")
-    images, token_images, mask, _ = to_device(data.sample_batch(val_views, 12, collate_views), device)
-    run.draw("predictions.png", plots.draw_predictions, model, tokenizer, images, token_images, mask)
 
 
 def targets_at(places, images, token_images, model, tokenizer):
@@ -161,6 +162,7 @@ def evaluate(model, tokenizer, views, args, device):
     chance_loss              ln V
     unigram_entropy          the loss of predicting the token frequencies for every patch
     majority_accuracy        the accuracy of always predicting the most frequent token
+    val_pixel_error          of the decoded prediction, as pixel_error returns it
     mean_loss                without a tokenizer: the loss of always predicting the colour pixel_mean
     """
     model.eval()
@@ -171,11 +173,15 @@ def evaluate(model, tokenizer, views, args, device):
             targets = targets_at(places, images, token_images, model, tokenizer)
             outputs = model(images, mask, places)
         loss, accuracy = loss_and_accuracy(outputs, targets)
+        scores = {"val_loss": loss}
         if tokenizer:
-            means.add(len(targets), val_loss=loss, val_accuracy=accuracy)
+            scores["val_accuracy"] = accuracy
             counts += torch.bincount(targets, minlength=tokenizer.vocab_size).cpu()
+            if tokenizer.decoder:
+                scores["val_pixel_error"] = pixel_error(tokenizer, token_images, outputs.argmax(-1), places)
         else:                                                          # pixel_mean is 0 when normalised
-            means.add(len(targets), val_loss=loss, mean_loss=targets.square().mean())
+            scores["mean_loss"] = targets.square().mean()
+        means.add(len(targets), **scores)
     report = means.compute()
     if tokenizer:
         counts = sum(launch.all_gather(counts))                        # of all processes
@@ -183,6 +189,17 @@ def evaluate(model, tokenizer, views, args, device):
                    "unigram_entropy": math.log(train_dvae.perplexity(counts)),
                    "majority_accuracy": (counts.max() / counts.sum()).item()}
     return report
+
+
+def pixel_error(tokenizer, token_images, predicted, places):
+    """The squared error of the decoded prediction per RGB value in [0, 1], mean over M patches.
+
+    predicted: the tokens of the patches at `places`, int64 (M,). Elsewhere the true tokens are decoded.
+    """
+    tokens = tokenizer.tokenize(token_images)                          # (B, h, w)
+    tokens.view(-1)[places] = predicted
+    error = (tokenizer.decode(tokens) - token_images).square().mean(dim=1)    # (B, H, W)
+    return F.avg_pool2d(error, tokenizer.downsample).flatten()[places].mean()
 
 
 def load_tokenizer(path, args, config, held_out):

@@ -139,7 +139,7 @@ class Run:
 
     def __init__(self, args, device, num_images, inputs=None):
         self.args, self.device, self.folder = args, device, Path(args.out)
-        self.steps, self.step, self.report = 0, 0, {}
+        self.steps, self.step, self.report, self.gallery, self.said_where = 0, 0, {}, None, False
         if num_images is not None:
             self.steps, steps_per_epoch = count_steps(args, num_images)
         try:
@@ -168,7 +168,7 @@ class Run:
             f"peak lr {args.lr:g}{scaling}; {world_size()} x {self.device}, {dtype}")
 
     def prepare(self, model, groups, *, evaluate, schedule=warmup_cosine, average=None, evaluate_first=False,
-                log_prefix="val_"):
+                log_prefix="val_", gallery=None):
         """Make the optimizer, load the last checkpoint if there is one, and return the network to train.
 
         groups          parameter groups for AdamW, each with "lr_scale", the factor of its learning rate
@@ -177,16 +177,20 @@ class Run:
         average         a copy of the model, for the moving average of its weights with decay args.ema
         evaluate_first  evaluate after the first step, too
         log_prefix      written before the names of a report in metrics.jsonl
+        gallery         a plots.Gallery, whose pictures are drawn after each evaluation
         The network is the model, compiled with --compile, and replicated if there are several processes.
         """
         self.model, self.average, self.schedule = model, average, schedule
         self.evaluate, self.evaluate_first, self.log_prefix = evaluate, evaluate_first, log_prefix
+        self.gallery = gallery
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         fp16 = launch.choose_dtype(self.args.precision, self.device.type) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.stateful = dict(model=model, optimizer=self.optimizer, scaler=self.scaler)    # kept in last.pt
         if average is not None:
             self.stateful["average"] = average
+        if gallery is not None:
+            self.stateful["gallery"] = gallery
         self._restore()
         self.network = torch.compile(model) if self.args.compile else model
         if world_size() > 1:
@@ -249,12 +253,20 @@ class Run:
         self.step += 1
         last = self.step == self.steps
         due = last or self.step % self.args.eval_every == 0 or (self.step == 1 and self.evaluate_first)
-        self.report = self.evaluate() if due else {}
+        self.report = self._evaluate() if due else {}
         self._log(dict(zip(["loss", *scores], means)) | {"lr": self.lr, "grad_norm": grad_norm})
         if stop_requested or last or self.step % self.args.save_every == 0:
             self._save()
+        if self.report and not last:                                   # the last time in finish
+            self._draw_gallery()
         if stop_requested:
             self.stop.exit_by_signal(self.step)
+
+    def _evaluate(self):
+        report = self.evaluate()
+        if self.gallery is not None and rank() == 0:
+            self._attempt("the pictures", lambda: self.gallery.update(self.step, report))
+        return report
 
     def _all_reduce(self, values):
         """Means of a vector over processes, as floats, and whether one of them received a signal to stop."""
@@ -306,11 +318,12 @@ class Run:
 
         more: further entries of model.pt. The result is the report of the last evaluation. Returns it.
         """
-        report = self.report or self.evaluate()                        # resumed with no steps left
+        report = self.report or self._evaluate()                       # resumed with no steps left
         if rank() == 0:
             kept = {"model": model.state_dict(), "config": config, "kind": type(model).__name__, **more}
             write_atomically(self.folder / "model.pt", lambda file: torch.save(kept, file))
         self.write_result(report)
+        self._draw_gallery()
         return report
 
     def write_result(self, report):
@@ -324,15 +337,32 @@ class Run:
 
     def draw(self, name, draw_figure, *inputs):
         """Save the figure draw_figure(*inputs) in the folder. An error is only a warning."""
-        if rank() > 0:
-            return
+        def write():
+            figure = draw_figure(*inputs)
+            write_atomically(self.folder / name, lambda file: figure.savefig(file, format="png"))
+
+        if rank() == 0:
+            self._attempt(name, write)
+
+    def _attempt(self, name, draw):
+        """Call draw(). An error is only a warning."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                        # such as a glyph missing in the font
-                figure = draw_figure(*inputs)
-                write_atomically(self.folder / name, lambda file: figure.savefig(file, format="png"))
+                draw()
         except Exception as error:                                     # whatever libraries raise
             say(f"warning: {name} could not be drawn ({type(error).__name__}: {error})")
+
+    def _draw_gallery(self):
+        """Draw the pictures of the last evaluation. The first time, say where they are."""
+        if self.gallery is None or rank() > 0:
+            return
+        figures = self.gallery.figures()
+        for name, draw_figure in figures.items():
+            self.draw(name, draw_figure)
+        if not self.said_where:
+            say(f"{self.folder} has {' and '.join(figures)}, drawn again after each evaluation")
+        self.said_where = True
 
     # ---- The folder ----
 
@@ -363,7 +393,7 @@ class Run:
         if launch.on_first_process(lambda: run_folder.choose_checkpoint(self.folder)):
             state = torch.load(self.folder / "last.pt", map_location="cpu", weights_only=True)
             for name, part in self.stateful.items():
-                if state[name]:                                        # a scaler that was off has no state
+                if state.get(name):                                    # a scaler that was off has no state
                     part.load_state_dict(state[name])
             self.step, log_size = state["step"], state["log_size"]
             if self.step > self.steps:

@@ -133,7 +133,9 @@ def train(args, device):
         return run.folder / "model.pt"
     model, parameter_groups = build_model(args, views, device)
     average = copy.deepcopy(model).requires_grad_(False)
-    network = run.prepare(model, parameter_groups, average=average,
+    gallery = plots.Gallery("tokenizer.png", partial(look, average, val_views, args, device),
+                            plots.figure_reconstructions, measure="hard_mse")
+    network = run.prepare(model, parameter_groups, average=average, gallery=gallery,
                           schedule=partial(shorter_warmup_cosine, args.lr_ramp),
                           evaluate=partial(evaluate, average, val_views, args, device))
     channels_per_token = 3 * model.downsample ** 2                     # 192 in DALL-E
@@ -147,7 +149,6 @@ def train(args, device):
         mse = (reconstruction - images).square().mean()
         run.update(loss, nll=nll, kl=kl, mse=mse, kl_weight=beta, temperature=temperature)
     run.finish(average, model.config, image_size=args.image_size)
-    run.draw("tokenizer.png", draw, average, val_views, args.temperature, device)
     return run.folder / "model.pt"
 
 
@@ -203,11 +204,11 @@ def evaluate(model, views, args, device):
 
 
 @torch.no_grad()
-def draw(model, views, temperature, device):
-    """A figure of 12 held-out images, and their reconstructions from soft and from hard codes."""
+def look(model, views, args, device):
+    """The inputs of figure_reconstructions: 12 held-out images, and what soft and hard codes make of them."""
     images = data.to_float(data.sample_batch(views, 12)["token_image"].to(device))
-    soft, hard = model(images, temperature).images, model.decode(model.tokenize(images))
-    return plots.figure_reconstructions({"original": images, "soft codes": soft, "hard codes": hard})
+    soft, hard = model(images, args.temperature).images, model.decode(model.tokenize(images))
+    return {"original": images, "soft codes": soft, "hard codes": hard},
 
 
 def main():

@@ -175,17 +175,17 @@ def plot_tokens(args):
 
 def plot_predictions(args):
     """masked images, their reconstructions by the tokenizer, and the model's predictions"""
-    return plots.draw_predictions(*open_masked(args, args.count))
+    return plots.figure_predictions(*plots.predictions(*open_masked(args, args.count)))
 
 
 @torch.no_grad()
 def plot_pipeline(args):
     """one image through the whole method (Figure 1)"""
     model, tokenizer, images, token_images, mask = open_masked(args, 1)
-    pictures, _ = plots.predictions(model, images, mask, tokenizer, token_images)
+    pictures, _, _ = plots.predictions(model, tokenizer, images, token_images, mask)
     predicted = model(images, mask, torch.arange(mask.numel())).argmax(-1).view(mask.shape)
     return plots.figure_pipeline(images[0], mask[0], tokenizer.tokenize(token_images)[0], predicted[0],
-                           pictures["reconstruction"][0], pictures["prediction"][0])
+                           pictures["tokenizer at best"][0], pictures["prediction"][0])
 
 
 @torch.no_grad()

@@ -63,8 +63,15 @@ def small_model(outputs):
 def test_baselines_by_hand(tokenizer, monkeypatch):
     """A model that answers with the token frequencies has their entropy as loss, the majority's accuracy."""
     tokens = torch.tensor([[3, 3, 3, 3], [7, 9, 7, 9], [5, 5, 5, 5], [5, 5, 5, 5]])
-    monkeypatch.setattr(dvae.DiscreteVAE, "tokenize",
-                        lambda self, images, places: tokens.expand(len(images), 4, 4).flatten()[places])
+    def tokenize(self, images, places=None):
+        of_batch = tokens.repeat(len(images), 1, 1)
+        return of_batch if places is None else of_batch.flatten()[places]
+
+    def decode(self, tokens):                                          # grey patches of 4x4 pixels
+        return (tokens / 64).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+
+    monkeypatch.setattr(dvae.DiscreteVAE, "tokenize", tokenize)
+    monkeypatch.setattr(dvae.DiscreteVAE, "decode", decode)
     model = small_model(64)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -76,8 +83,10 @@ def test_baselines_by_hand(tokenizer, monkeypatch):
     views = {(0, index): sample for index in range(4)}                 # the key is (epoch, index)
     report = pretrain.evaluate(model, weights.load_tokenizer(tokenizer), views, parse(*SMALL), CPU)
     entropy = pytest.approx(1.5 * math.log(2))
+    # The model predicts 3 at all masked patches; the images are black.
     assert report == {"val_loss": entropy, "val_accuracy": 0.5, "chance_loss": math.log(64),
-                      "unigram_entropy": entropy, "majority_accuracy": 0.5}
+                      "unigram_entropy": entropy, "majority_accuracy": 0.5,
+                      "val_pixel_error": pytest.approx((3 / 64) ** 2)}
 
 
 def test_baseline_of_pixels_by_hand():

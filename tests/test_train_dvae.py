@@ -115,13 +115,11 @@ def test_files_of_a_run(finished_run):
     assert model.vocab_size == 64 and model.downsample == 4
 
 
-def test_the_picture_shows_images_with_soft_and_hard_codes(finished_run, monkeypatch):
-    rows = {}
-    monkeypatch.setattr(train_dvae.plots, "figure_reconstructions", rows.update)
+def test_the_picture_shows_images_with_soft_and_hard_codes(finished_run):
     model = weights.load_tokenizer(finished_run / "model.pt")
     _, held_out = data.open_splits("shapes", "")
     views = data.Views(held_out, None, 16, train=False)
-    train_dvae.draw(model, views, 0.0625, CPU)
+    rows, = train_dvae.look(model, views, parse(), CPU)
     images = data.to_float(torch.stack([views[0, index]["token_image"] for index in range(0, 48, 4)]))
     expected = images, model(images, 0.0625).images, model.decode(model.tokenize(images))
     assert all(torch.equal(row, images) for row, images in zip(rows.values(), expected, strict=True))

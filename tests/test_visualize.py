@@ -215,39 +215,76 @@ def test_predictions_are_the_models_at_masked_patches_and_the_truth_elsewhere():
     tokenizer, model, images, token_images = small_tokenizer(), small_model(), scenes(3, 32), scenes(3, 16)
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(np.stack([masking.blockwise_mask((4, 4), 6, rng) for _ in range(3)]))
-    pictures, correct = plots.predictions(model, images, mask, tokenizer, token_images)
+    pictures, _, correct = plots.predictions(model, tokenizer, images, token_images, mask)
     true_tokens = tokenizer.tokenize(token_images)
     tokens = true_tokens.clone()
     tokens[mask] = model(images, mask).argmax(-1)
     assert torch.equal(pictures["prediction"], tokenizer.decode(tokens))
-    assert torch.equal(pictures["reconstruction"], tokenizer.decode(true_tokens))
+    assert torch.equal(pictures["tokenizer at best"], tokenizer.decode(true_tokens))
     assert torch.equal(correct, tokens == true_tokens)
     correct = mask.clone()
     correct[0, ~mask[0]] = True                                        # not masked, and so not outlined
-    axes = plots.figure_predictions(pictures, mask, correct).axes
-    for i, axis in enumerate((axes[3], axes[11], axes[7])):            # two images a row, four pictures each
-        torch.testing.assert_close(shown(axis), pictures["prediction"][i])
-        cells = [(int(patch.get_y() + 0.5) // 4, int(patch.get_x() + 0.5) // 4) for patch in axis.patches]
-        assert sorted(cells) == sorted(map(tuple, mask[i].nonzero().tolist()))
-        assert axis.get_xlabel() == "6 of 6: 100%"
+    axis, = plots.figure_predictions(pictures, mask, correct).axes
+    assert [text.get_text() for text in axis.texts].count("6 of 6") == 3
+    for i, k in enumerate((3, 7, 11)):                                 # two images a row, four pictures each
+        shown_picture = torch.as_tensor(axis.images[k].get_array()).permute(2, 0, 1)
+        torch.testing.assert_close(shown_picture, pictures["prediction"][i], atol=0.01, rtol=0)
+        x, y = axis.lines[i].get_data()                                # dots at the patches that are correct
+        left, right, bottom, top = axis.images[k].get_extent()
+        rows, columns = 4 * (y - top) // (bottom - top), 4 * (x - left) // (right - left)
+        assert set(zip(rows, columns)) == set(map(tuple, mask[i].nonzero().tolist()))
+
+
+def test_the_outline_of_an_area():
+    area = torch.tensor([[True, True, False], [False, True, False]])
+    edges = {tuple(sorted(edge)) for edge in plots.edges_of(area)}
+    horizontal = {((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 2), (2, 2))}
+    vertical = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2))}
+    assert edges == horizontal | vertical and len(plots.edges_of(area)) == 8
+
+
+def test_a_gallery_keeps_a_column_for_each_evaluation():
+    images, seen = torch.rand(6, 3, 8, 8), []
+
+    def look():
+        seen.append(len(seen) / 40)
+        pictures = {"original": images, "prediction": torch.full((6, 3, 4, 4), seen[-1])}
+        return pictures, torch.ones(6, 2, 2, dtype=torch.bool), None
+
+    gallery = plots.Gallery("predictions.png", look, plots.figure_predictions, "val_loss")
+    for step in range(5):
+        gallery.update(10 * step, {"val_loss": 3.0 - step})
+    restored = plots.Gallery("predictions.png", look, plots.figure_predictions, "val_loss")
+    restored.load_state_dict(gallery.state_dict())                     # after a kill
+    for step in range(5, 14):
+        restored.update(10 * step, {"val_loss": 3.0 - step})
+    titles = [title.split("\n") for title, _ in restored.columns]
+    assert [title[0] for title in titles] == [f"step {step}" for step in (0, 20, 40, 60, 80, 100, 120, 130)]
+    assert titles[2] == ["step 40", "val loss -1"] and len(restored.columns) <= restored.MAX_COLUMNS
+    for (_, pictures), step in zip(restored.columns, (0, 2, 4, 6, 8, 10, 12, 13)):
+        assert pictures.shape == (4, 3, 4, 4) and (pictures == round(255 * step / 40)).all()
+    figures = restored.figures()
+    assert list(figures) == ["predictions.png", "progress.png"]
+    assert len(figures["progress.png"]().axes[0].images) == 4 * 9      # and the original
+    assert len(figures["predictions.png"]().axes[0].images) == 6 * 2
 
 
 def test_predictions_without_masks_without_decoder_and_of_pixels():
     tokenizer, images, token_images = small_tokenizer(), scenes(2, 32), scenes(2, 16)
     tokenizer.decoder, model, mask = None, small_model(), torch.zeros(2, 4, 4, dtype=torch.bool)
-    pictures, correct = plots.predictions(model, images, mask, tokenizer, token_images)
+    pictures, _, correct = plots.predictions(model, tokenizer, images, token_images, mask)
     tokens = model(images, mask, torch.arange(32)).argmax(-1).view(2, 4, 4)
     assert torch.equal(correct, tokens == tokenizer.tokenize(token_images))
     assert torch.equal((pictures["correct tokens"] == 0.5).all(1)[:, ::8, ::8], ~correct)
     figure = plots.figure_predictions(pictures, mask, torch.ones_like(correct))
-    assert figure.axes[2].get_xlabel() == "16 of 16: 100%"
+    assert [text.get_text() for text in figure.axes[0].texts].count("16 of 16") == 2
     mask[:, 1:3, 1:3] = True
     model = vit.MaskedImageModel(model.config, 3 * 8 * 8).eval()
-    pictures, correct = plots.predictions(model, images, mask)
+    pictures, _, correct = plots.predictions(model, None, images, None, mask)
     visible = ~mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
     torch.testing.assert_close(pictures["prediction"][visible], images[visible])
     assert not torch.allclose(pictures["prediction"][~visible], images[~visible])
-    assert correct is None and len(plots.draw_predictions(model, None, images, None, mask).axes) == 6
+    assert correct is None and len(plots.figure_predictions(pictures, mask).axes[0].images) == 6
 
 
 def test_the_pipeline_shows_predicted_and_true_tokens():
