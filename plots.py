@@ -128,8 +128,16 @@ def grey_out(images, mask):
     return torch.where(pixels, 0.5, images)
 
 
-def token_colours(tokens):
-    """A colour for each token, the same for equal tokens: (h, w) int64 -> (3, h, w)."""
+@torch.no_grad()
+def token_colours(tokens, tokenizer=None):
+    """A colour for each token, (h, w) int64 -> (3, h, w): the mean colour that its code alone decodes to.
+
+    Without a tokenizer or its decoder: any colour, the same for equal tokens.
+    """
+    if tokenizer is not None and tokenizer.decoder is not None:
+        codes, index = tokens.unique(return_inverse=True)
+        colours = tokenizer.decode(codes[:, None, None]).mean(dim=(2, 3))    # (codes, 3)
+        return colours[index].permute(2, 0, 1).cpu()
     tokens = tokens.cpu().numpy()
     hue, value = tokens * GOLDEN_RATIO % 1, 0.35 + 0.6 * (tokens * 0.7549 % 1)
     colours = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.65), value], axis=-1))    # (h, w, 3)
@@ -191,16 +199,16 @@ def figure_masks(images, masks, coverage):
 
 
 @default_style()
-def figure_tokens(images, tokens, soft, hard, examples=3):
+def figure_tokens(images, tokens, soft, hard, examples=3, colours=token_colours):
     """Images, their tokens and reconstructions; below, patches of the most frequent codes.
 
     images (m, 3, H, W), tokens (m, h, w): the first n are shown, and patches from all m
     soft, hard (n, 3, H, W): reconstructions from soft codes, softmax(logits / tau), and from the tokens
-    examples: number of patches for each of n codes
+    examples: number of patches for each of n codes; colours: tokens (h, w) -> (3, h, w)
     """
     n, P = len(soft), images.shape[-1] // tokens.shape[-1]
     soft_mse, hard_mse = ((pictures - images[:n]).square().mean() for pictures in (soft, hard))
-    rows = {"image": images, "tokens": [token_colours(grid) for grid in tokens[:n]],
+    rows = {"image": images, "tokens": [colours(grid) for grid in tokens[:n]],
             f"soft codes\nMSE {soft_mse:.4f}": soft, f"hard codes\nMSE {hard_mse:.4f}": hard}
     labels = [*rows, "patches of\nfrequent codes"]
     figure, axes = make_axes(len(rows) + examples, n, labels, width=min(11, 2.5 * n))
@@ -342,16 +350,19 @@ def figure_attention(image, attention, references, grid, title=None):
 
     image (3, H, W); attention (heads, 1+N, 1+N) of one layer: row = query, column = key, token 0 = [S]
     references: a list of (row, column) on the grid (h, w), from 0, or "S" for [S]
-    The brightest colour of a map is its largest value outside of the reference patch.
+    Each map has its own scale. Its brightest colour is its largest value outside of the reference patch.
     """
     (H, W), (h, w) = image.shape[-2:], grid
     row_labels = ["[S]" if reference == CLS else "patch {},{}".format(*reference) for reference in references]
     titles = ["", "mean of heads", *[f"head {i + 1}" for i in range(len(attention))]]
     figure, axes = make_axes(len(references), len(titles), row_labels, titles, max(9, len(titles)), H / W)
     figure.suptitle(title, fontsize=10)
+    figure.supxlabel("dot: the reference patch;  bright: much attention, each map on its own scale;  "
+                     f"{h}×{w} patches", fontsize=9)
     grey, pixels = image.float().mean(dim=0).cpu().numpy(), (-0.5, W - 0.5, H - 0.5, -0.5)
     for reference, row in zip(references, axes):
         show_image(row[0], image)
+        show_grid(row[0], grid, (H, W))
         query = 0 if reference == CLS else 1 + reference[0] * w + reference[1]
         maps = attention[:, query, 1:].float().cpu().unflatten(1, grid)    # (heads, h, w)
         for axis, heatmap in zip(row[1:], [maps.mean(dim=0), *maps]):
@@ -359,13 +370,35 @@ def figure_attention(image, attention, references, grid, title=None):
             if reference != CLS:
                 others[reference] = 0
             axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=pixels)
-            axis.imshow(heatmap.numpy(), cmap="inferno", alpha=0.7, interpolation="bicubic",
+            axis.imshow(heatmap.numpy(), cmap="inferno", alpha=0.7, interpolation="nearest",
                         extent=pixels, vmin=0, vmax=max(1e-12, others.max().item()))
         if reference != CLS:
             x, y = (reference[1] + 0.5) * W / w - 0.5, (reference[0] + 0.5) * H / h - 0.5
             for axis in row:
                 axis.plot(x, y, "o", color="deepskyblue", markeredgecolor="white", markersize=5)
     return figure
+
+
+def show_grid(axis, grid, image_hw):
+    """Draw the lines of a grid (h, w) over an image of (H, W) pixels, and number some rows and columns."""
+    for side, pixels, line, ticks in zip(grid, image_hw, (axis.axhline, axis.axvline),
+                                         (axis.set_yticks, axis.set_xticks)):
+        for i in range(1, side):
+            line(i * pixels / side - 0.5, color="white", linewidth=0.4, alpha=0.6)
+        numbers = range(0, side, math.ceil(side / 8))
+        ticks([(i + 0.5) * pixels / side - 0.5 for i in numbers], numbers, fontsize=6)
+    axis.tick_params(length=0, pad=1)
+
+
+def most_telling_layer(model, image):
+    """The layer, from 0, whose attention depends most on the image (3, H, W), and how much: from 0 to 1.
+
+    That is the share of attention that moves if the image becomes grey, mean over heads and queries.
+    """
+    grey = torch.full_like(image, 0.5)
+    maps = model.attention_maps(torch.stack([image, grey]), layer=None)    # L of (2, heads, 1+N, 1+N)
+    moved = torch.stack([(of_image - of_grey).abs().sum(dim=-1).mean() / 2 for of_image, of_grey in maps])
+    return moved.argmax().item(), moved.max().item()
 
 
 @default_style()
@@ -531,11 +564,12 @@ def class_colours():
 # ---- The whole method (Figure 1) ----
 
 @default_style()
-def figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction):
+def figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction, colours=token_colours):
     """One image through sec. 2: above, the view of the Vision Transformer; below, that of the tokenizer.
 
     image (3, H, W); mask (h, w) bool; tokens, predicted (h, w) int64: true and predicted tokens;
     reconstruction, prediction (3, ., .): decoded true tokens, and predicted ones among true ones.
+    colours: tokens (h, w) -> (3, h, w).
     """
     h, w = mask.shape
     correct, white = (predicted == tokens) & mask, torch.ones(3, h, w)
@@ -547,18 +581,18 @@ def figure_pipeline(image, mask, tokens, predicted, reconstruction, prediction):
     show_image(above[1], image, f"{h}×{w} patches")
     outline_patches(above[1], torch.ones(h, w), image.shape[-2:], color="white", linewidth=2)
     show_image(above[2], grey_out(image, mask), f"{int(mask.sum())} of them masked")
-    show_image(above[3], torch.where(mask, token_colours(predicted), white), "predicted tokens")
+    show_image(above[3], torch.where(mask, colours(predicted), white), "predicted tokens")
     for color, linewidth in (("black", 3), ("white", 1.2)):            # visible on any colour
         outline_patches(above[3], correct, (h, w), color, linewidth)
     show_image(above[4], prediction, "decoded, with true\ntokens elsewhere")
 
     small = F.interpolate(image[None].float(), reconstruction.shape[-2:], mode="bilinear", antialias=True)[0]
     show_image(below[0], small, f"the same crop,\n{small.shape[1]}×{small.shape[2]} pixels")
-    show_image(below[1], token_colours(tokens), "visual tokens")
-    show_image(below[2], torch.where(mask, token_colours(tokens), white), "tokens to predict")
+    show_image(below[1], colours(tokens), "visual tokens, in the\ncolours they decode to")
+    show_image(below[2], torch.where(mask, colours(tokens), white), "tokens to predict")
     below[3].text(0.5, 0.5, f"cross-entropy\nat masked patches\n\n{int(correct.sum())} of {int(mask.sum())} "
                   "correct\n(outlined above)", ha="center", va="center", transform=below[3].transAxes)
-    show_image(below[4], reconstruction, "all true tokens, decoded:\nthe best possible")
+    show_image(below[4], reconstruction, "all true tokens, decoded:\ntokenizer at best")
 
     for axis in (above[3], below[2]):
         outline_patches(axis, torch.ones(1, 1), (h, w), color="grey", linewidth=1)

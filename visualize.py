@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
@@ -22,6 +24,7 @@ import weights
 from folders import BadFile, open_image
 from launch import UserError
 from masking import MASKS, blockwise_mask, number_to_mask
+from shapes import render_scene
 
 MAX_IMAGES = 100    # in a figure
 
@@ -170,7 +173,8 @@ def plot_tokens(args):
     tokens = torch.cat([tokenizer.tokenize(batch) for batch in images.split(32)])
     n = len(images) if args.images else args.count
     soft = tokenizer(images[:n], 1 / 16).images
-    return plots.figure_tokens(images, tokens, soft, tokenizer.decode(tokens[:n]))
+    return plots.figure_tokens(images, tokens, soft, tokenizer.decode(tokens[:n]),
+                               colours=partial(plots.token_colours, tokenizer=tokenizer))
 
 
 def plot_predictions(args):
@@ -185,7 +189,8 @@ def plot_pipeline(args):
     pictures, _, _ = plots.predictions(model, tokenizer, images, token_images, mask)
     predicted = model(images, mask, torch.arange(mask.numel())).argmax(-1).view(mask.shape)
     return plots.figure_pipeline(images[0], mask[0], tokenizer.tokenize(token_images)[0], predicted[0],
-                           pictures["tokenizer at best"][0], pictures["prediction"][0])
+                                 pictures["tokenizer at best"][0], pictures["prediction"][0],
+                                 partial(plots.token_colours, tokenizer=tokenizer))
 
 
 @torch.no_grad()
@@ -196,9 +201,9 @@ def plot_attention(args):
     size = args.size or min(model.config.image_hw)
     if size % P:
         raise UserError(f"--size: must be a multiple of the patch size {P}, got {size}")
-    layer = args.layer if args.layer > 0 else depth + 1 + args.layer
-    if not 1 <= layer <= depth:
-        raise UserError(f"--layer: must be from 1 to {depth}, or -1 for the last, got {args.layer}")
+    layer = args.layer
+    if layer is not None and not 1 <= (layer if layer > 0 else depth + 1 + layer) <= depth:
+        raise UserError(f"--layer: must be from 1 to {depth}, or -1 for the last, got {layer}")
     image, = open_images(args, 1)
     H, W = model.config.image_hw
     if H == W:                                                         # then the image keeps its own shape
@@ -207,12 +212,38 @@ def plot_attention(args):
     image, = fit_images([image], H, W)
     model = resize_model(model, (H, W))
     h, w = grid = model.config.grid
+    launch.say(f"{h}x{w} patches of {P} pixels: --patch ROW,COLUMN is from 0,0 to {h - 1},{w - 1}")
     references = [parse_patch(name, grid) for name in args.patch or []]
-    if not references:
-        references = [(h // 2, w // 2), (h // 3, w // 3), (2 * h // 3, 2 * w // 3)]
-    attention = model.attention_maps(image[None], layer - 1)[0]        # the index counts from 0
-    title = f"self-attention of layer {layer} of {depth}"
+    if not references and args.data == "shapes" and not args.images:
+        references = object_patches(render_scene("val", args.first)[2], grid)
+    references = references or [(h // 2, w // 2), (h // 3, w // 3), (2 * h // 3, 2 * w // 3)]
+    reason = ""
+    if layer is None:
+        layer, moved = plots.most_telling_layer(model, image)
+        layer, reason = layer + 1, f", which depends most on the image: {moved:.0%} moves if it becomes grey"
+    index = layer - 1 if layer > 0 else depth + layer
+    attention = model.attention_maps(image[None], index)[0]
+    title = f"self-attention of layer {index + 1} of {depth}{reason}"
     return plots.figure_attention(image, attention, references, grid, title)
+
+
+def object_patches(class_map, grid):
+    """A patch (row, column) for each object in a scene, and one for the background: at most four.
+
+    Larger ones come first. Of the patches that an object covers most, the one nearest to its centre.
+    """
+    h, w = grid
+    maps = F.one_hot(torch.from_numpy(class_map).long()).permute(2, 0, 1).float()    # (classes, H, W)
+    coverage = F.adaptive_avg_pool2d(maps, grid)                       # (classes, h, w)
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    patches = []
+    for k in coverage.sum(dim=(1, 2)).argsort(descending=True).tolist():
+        share = coverage[k]
+        if share.max() >= 0.5:
+            y, x = ((share * place).sum() / share.sum() for place in (rows, columns))
+            nearest = (share - 0.01 * torch.hypot(rows - y, columns - x)).argmax().item()
+            patches.append(divmod(nearest, w))
+    return patches[:4]
 
 
 @torch.no_grad()
@@ -273,8 +304,10 @@ def parse_args(argv=None):
     add("tokens", "--size", launch.positive_int, help="pixels per side (default: as trained)")
     add("attention", "--size", launch.positive_int, help="pixels of the shorter side (default: as trained)")
     add("attention", "--patch", action="append", metavar="ROW,COLUMN",
-        help="reference patch, counted from 0, or S for [S]; repeatable (default: three on the diagonal)")
-    add("attention", "--layer", int, default=-1, help="layer, counted from 1 as in the paper; -1 is the last")
+        help="reference patch, counted from 0, or S for [S]; repeatable (default: on the objects of a scene "
+        "of shapes, otherwise on the diagonal)")
+    add("attention", "--layer", int, help="layer, counted from 1 as in the paper; -1 is the last (default: "
+        "the one whose attention depends most on the image)")
     add("curves", "--runs", nargs="+", default=["runs/pretrain-shapes"], help="folders of runs")
     add(" ".join(COMMANDS), "--dpi", launch.number(int, 1, 1200), default=100, help="pixels per inch")
     add(" ".join(COMMANDS), "--out", help=".png, .pdf, .svg or .jpg file (default: runs/WHAT.png)")

@@ -289,6 +289,9 @@ def test_kill_and_continue_bit_for_bit(tokenizer, tmp_path):
     assert torch.load(out / "last.pt")["step"] == 12 and log(out)[-1]["step"] == 14
     assert train(None, out, *flags) == whole
     assert equal(torch.load(out / "model.pt")["model"], torch.load(tmp_path / "whole/model.pt")["model"])
+    columns = [torch.load(folder / "last.pt")["gallery"]["columns"] for folder in (tmp_path / "whole", out)]
+    assert [title.split("\n")[0] for title, _ in columns[0]] == ["step 1", "step 7", "step 14", "step 18"]
+    assert all(a[0] == b[0] and a[1].equal(b[1]) for a, b in zip(*columns, strict=True))
 
 
 def test_two_processes_equal_one(tokenizer, tmp_path):

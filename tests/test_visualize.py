@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.style
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -329,9 +331,11 @@ def test_the_marked_patch_is_the_one_whose_attention_lies_over_the_image():
     assert [axis.get_title() for axis in figure.axes[:4]] == ["", "mean of heads", "head 1", "head 2"]
     image, mean, first, second, image_of_cls, *maps_of_cls = figure.axes
     assert (image.get_ylabel(), image_of_cls.get_ylabel()) == ("patch 2,1", "[S]")
-    (x,), (y,) = image.lines[0].get_data()
+    *lines, dot = image.lines
+    (x,), (y,) = dot.get_data()
     assert (int(y + 0.5) // 8, int(x + 0.5) // 8) == (2, 1)
-    assert not image_of_cls.lines                                      # [S] is at no patch
+    assert len(lines) == len(image_of_cls.lines) == 3 + 5              # of the grid; [S] is at no patch
+    assert [*image.get_xticks()] == [8 * i + 3.5 for i in range(6)]
     for axis, cells in ((mean, {(3, 3): 0.5, (2, 1): 0.5}), (first, {(3, 3): 1}), (second, {(2, 1): 1}),
                         (maps_of_cls[2], {(0, 0): 1})):
         heatmap = shown(axis, 1)
@@ -508,13 +512,38 @@ def test_the_attention_command_draws_the_layer_and_patches_asked_for(folder, lay
     assert (shown(axes[0]) - image).abs().mean() < 0.02                # resized by another function
 
 
-def test_the_attention_command_by_default_and_on_a_photo(folder):
+def test_the_attention_command_by_default_and_on_a_photo(folder, capsys):
+    """References are on the background and the object of a scene, but on the diagonal of a photo."""
     words = ["attention", "--init", f"{folder}/runs/pretrain-shapes/model.pt"]
-    axes = visualize.plot_attention(visualize.parse_args(words)).axes
-    assert [axis.get_ylabel() for axis in axes[::4]] == ["patch 2,2", "patch 1,1", "patch 2,2"]
+    figure = visualize.plot_attention(visualize.parse_args(words))
+    assert [axis.get_ylabel() for axis in figure.axes[::4]] == ["patch 0,1", "patch 2,2"]
+    assert "4x4 patches of 8 pixels: --patch ROW,COLUMN is from 0,0 to 3,3" in capsys.readouterr().out
+    assert "which depends most on the image" in figure.get_suptitle()
     words += ["--images", f"{folder}/grey.png", "--size", "64"]
     axes = visualize.plot_attention(visualize.parse_args(words)).axes
     assert shown(axes[0]).shape == (3, 64, 88)                         # 64x90, cut to whole patches
+
+
+def test_references_on_objects():
+    class_map = np.zeros((16, 16), np.uint8)
+    class_map[2:14, 5:12] = 3                                          # rows 2 to 13, columns 5 to 11
+    class_map[0:4, 12:16] = 7
+    class_map[15, 0] = 5                                               # covers no patch by half
+    assert visualize.object_patches(class_map, (4, 4)) == [(2, 0), (1, 2), (0, 3)]
+
+
+def test_the_most_telling_layer():
+    """In the second of three layers, each patch attends to the brightest one; the others ignore the image."""
+    def attention_maps(images, layer):
+        assert layer is None
+        even = torch.full((len(images), 2, 5, 5), 0.2)
+        brightest = F.one_hot(1 + images.mean(dim=(1, 2)).argmax(dim=-1), 5).float()
+        return [even, 0.5 * even + 0.5 * brightest[:, None, None], even]
+
+    image = torch.zeros(3, 4, 4)
+    image[..., 2] = 1
+    model = SimpleNamespace(attention_maps=attention_maps)
+    assert plots.most_telling_layer(model, image) == (1, pytest.approx(0.5))
 
 
 @pytest.mark.parametrize("argv, data_name", [
