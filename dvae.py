@@ -182,34 +182,3 @@ class DiscreteVAE(nn.Module):
         """codes (B, h, w, CODE_DIM) -> (images in [0, 1], mu, ln b), each (B, 3, H, W)."""
         mu, log_b = self.decoder.blocks[1:](codes.permute(0, 3, 1, 2)).float().chunk(2, dim=1)
         return unmap_pixels(torch.sigmoid(mu)), mu, log_b
-
-    @torch.no_grad()
-    def initialise_codes(self, images, sharpness=8.0):
-        """Start with every code in use: code k stands for one image patch, drawn at random from `images`.
-
-        With random weights, a few codes win everywhere and the others are never used. Here the encoder starts
-        as a nearest-neighbour classifier. Let f be the normalised input of its last convolution at a patch,
-        and f_k that of the patch that was drawn for code k. Set
-
-            logit_k = -s |f - f_k|^2 = 2 s f_k . f - s |f_k|^2 + a term that is the same for all k
-
-        The first two terms are a 1x1 convolution with weight 2 s f_k and bias -s |f_k|^2, which replaces the
-        encoder's last convolution. The third term cancels in the softmax. s is chosen so that a random code,
-        for which |f - f_k|^2 is about 2 |f_k|^2, has the logit -sharpness ln V. The code of f itself has 0.
-        In the decoder, the vector of code k is a random projection of f_k: similar codes, similar vectors.
-        images (B, 3, H, W): with 2 V patches or more, nearly all codes stand for different patches.
-        """
-        features = self.forward_features(images).permute(0, 2, 3, 1).flatten(0, 2)    # (B h w, width)
-        features = features.unique(dim=0)                              # equal patches share a code
-        mean = features.mean(dim=0)                                    # (width,)
-        std = features.std() + 1e-6                                    # one number for all channels
-        code_numbers = torch.arange(self.vocab_size)
-        chosen = torch.randperm(len(features))[code_numbers % len(features)]    # repeated if fewer than V
-        f_k = (features[chosen.to(features.device)] - mean) / std      # (V, width)
-        s = sharpness * math.log(self.vocab_size) / (2 * f_k.square().sum(1).mean())
-        output, codebook = self.encoder.blocks.output.conv, self.decoder.blocks.input
-        weight = 2 * s * f_k / std                                     # for features that are not normalised
-        output.w.copy_(weight[..., None, None])
-        output.b.copy_(-s * f_k.square().sum(1) - weight @ mean)
-        codes = f_k @ torch.randn(f_k.shape[1], CODE_DIM).to(f_k.device)    # (V, CODE_DIM)
-        codebook.w.copy_((codes / codes.std()).t()[..., None, None])

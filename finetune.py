@@ -36,7 +36,7 @@ INTERMEDIATE = dict(epochs=30.0, batch_size=512, base_batch=512, base_lr=2e-5, w
 PRESETS = {
     "demo": dict(epochs=2.2, batch_size=32, base_batch=32, base_lr=3e-3, min_lr=1e-6, warmup=0.1,
                  clip_grad=3.0, layer_decay=0.75, patch_size=8, dim=128, depth=4, heads=4, drop_path=0.0,
-                 position="relative", layer_scale=0.1, randaugment=0.0, mixup=0.0, cutmix=0.0, erasing=0.0,
+                 position="relative", randaugment=0.0, mixup=0.0, cutmix=0.0, erasing=0.0,
                  crop_scale=0.5, eval_crop=1.0, save_every=100, log_every=1, eval_every=500),
     "tiny": {**IMAGENET, **vit.SIZES["tiny"]}, "small": {**IMAGENET, **vit.SIZES["small"]},
     "base": {**IMAGENET, **vit.SIZES["base"]}, "large": LARGE,

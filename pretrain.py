@@ -28,14 +28,17 @@ import weights
 from masking import MASKS, number_to_mask
 from run import Run, parameter_groups
 
-# Table 12 for base and large; tiny and small have the recipe of base. demo is ours: minutes on a CPU.
+# Table 12 for base and large; tiny and small have the recipe of base. demo (minutes) and evening are ours.
 TABLE_12 = dict(epochs=800.0, batch_size=2048, base_batch=2048, base_lr=1.5e-3, min_lr=1e-5, warmup=10 / 800,
                 clip_grad=3.0)
+DEMO = dict(batch_size=32, base_batch=32, base_lr=2e-3, min_lr=2e-5, warmup=0.1, clip_grad=3.0, image_size=64,
+            drop_path=0.0, position="shared_relative", crop_scale=0.6, jitter=0.0, log_every=1,
+            save_every=100)
 PRESETS = {
-    "demo": dict(epochs=2.2, batch_size=32, base_batch=32, base_lr=2e-3, min_lr=2e-5, warmup=0.1,
-                 clip_grad=3.0, image_size=64, patch_size=8, dim=128, depth=4, heads=4, drop_path=0.0,
-                 position="shared_relative", layer_scale=0.1, crop_scale=0.6, jitter=0.0,
-                 tokenizer_preset="demo", log_every=1, save_every=100, eval_every=1000),
+    "demo": {**DEMO, "epochs": 2.2, "patch_size": 8, "dim": 128, "depth": 4, "heads": 4,
+             "tokenizer_preset": "demo", "eval_every": 100},
+    "evening": {**DEMO, "epochs": 8.0, "patch_size": 4, "dim": 192, "depth": 6, "heads": 6,
+                "tokenizer_preset": "evening", "eval_every": 250},
     "tiny": {**TABLE_12, **vit.SIZES["tiny"]},
     "small": {**TABLE_12, **vit.SIZES["small"]},
     "base": {**TABLE_12, **vit.SIZES["base"]},
@@ -45,8 +48,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The flags of pretrain.py. Exits with argparse's message if they do not fit together."""
-    parser = launch.make_parser(__file__, __doc__, epilog="flags of the tokenizer belong to train_dvae.py, "
-                                "whose model.pt --tokenizer accepts")
+    parser = launch.make_parser(__file__, __doc__, epilog="flags of the tokenizer belong to train_dvae.py")
     launch.add_model_flags(parser, defaults=vit.ViTConfig())
     add = parser.add_argument
     add("--tokenizer", type=launch.text, help="model.pt of train_dvae.py, or DALL-E's encoder.pkl beside its "

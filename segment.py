@@ -29,7 +29,7 @@ ADE20K = dict(image_size=512, steps=160_000, batch_size=16, base_batch=16, base_
 PRESETS = {
     "demo": dict(epochs=2.2, batch_size=32, base_batch=32, base_lr=3e-3, min_lr=1e-6, warmup=0.1,
                  clip_grad=3.0, layer_decay=0.75, patch_size=8, dim=128, depth=4, heads=4, drop_path=0.0,
-                 position="relative", layer_scale=0.1, scale=(0.75, 1.5), jitter=0.0, decoder_dim=64,
+                 position="relative", scale=(0.75, 1.5), jitter=0.0, decoder_dim=64,
                  save_every=100, log_every=1, eval_every=500),
     "tiny": {**ADE20K, **vit.SIZES["tiny"]}, "small": {**ADE20K, **vit.SIZES["small"]},
     "base": {**ADE20K, **vit.SIZES["base"]}, "large": {**ADE20K, **vit.SIZES["large"], "drop_path": 0.2},

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
 
@@ -18,22 +19,24 @@ import data
 import launch
 import plots
 import run_folder
-from dvae import DiscreteVAE
+from dvae import CODE_DIM, DiscreteVAE
 from run import Run, cosine, count_steps, warmup_cosine
 
 # base is DALL-E's appendix A, without its augmentation, at 112 pixels, the size of BEiT's tokens. Of its 3M
 # steps, the KL weight rises over 5,000, the temperature falls over 150,000, the learning rate over 1.2M.
-# The others are ours; demo and demo-8192 take minutes on a CPU. Three things keep codes in use: init_codes
-# starts with all in use, a slow encoder (encoder_lr) does not move features away from them, and the KL term
-# pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
+# The others are ours; demo and demo-8192 take minutes on a CPU, evening an hour. Three things keep codes in
+# use: init_codes starts with all in use, a slow encoder (encoder_lr) does not move features away from them,
+# and the KL term pulls q towards the uniform distribution. Measurements: docs/tokenizer.md.
 OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, temperature_ramp=0.6,
             lr_ramp=1.0, init_codes=True)
 DEMO = dict(**OURS, base_lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
 PRESETS = {
-    "demo": dict(**DEMO, epochs=0.64, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
-                 kl_weight=3.0, encoder_lr=0.1, ema=0.98, crop_scale=0.3, eval_every=500),
+    "demo": dict(**DEMO, epochs=1.68, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
+                 kl_weight=0.5, encoder_lr=0.1, ema=0.98, crop_scale=0.6, eval_every=150),
     "demo-8192": dict(**DEMO, steps=2800, batch_size=8, base_batch=8, min_lr=2e-5, kl_weight=0.5,
                       encoder_lr=0.05, ema=0.99, crop_scale=0.6, eval_every=1400),
+    "evening": {**DEMO, "image_size": 64, "steps": 3000, "batch_size": 8, "base_batch": 8, "min_lr": 2e-5,
+                "kl_weight": 0.5, "encoder_lr": 0.1, "ema": 0.99, "crop_scale": 0.6, "eval_every": 250},
     "small": dict(**OURS, steps=20_000, batch_size=128, base_batch=128, base_lr=1e-3, min_lr=1e-5,
                   warmup=0.02, hidden=64, kl_weight=1.0, encoder_lr=0.1, eval_every=1000),
     "base": dict(steps=3_000_000, batch_size=512, base_batch=512, base_lr=1e-4, min_lr=1.25e-6, warmup=0.0,
@@ -159,12 +162,52 @@ def build_model(args, views, device):
     model.to(device, memory_format=torch.channels_last)
     if args.init_codes:
         patches_per_image = (args.image_size // model.downsample) ** 2
-        num_images = math.ceil(2 * args.vocab_size / patches_per_image)    # enough for 2 V patches
+        num_images = math.ceil(8 * args.vocab_size / patches_per_image)    # enough for 8 V patches
         images = data.sample_batch(views, num_images)["token_image"]
-        model.initialise_codes(data.to_float(images.to(device)))
+        initialise_codes(model, data.to_float(images.to(device)))
     groups = [{"params": list(part.parameters()), "weight_decay": args.weight_decay, "lr_scale": scale}
               for part, scale in ((model.encoder, args.encoder_lr), (model.decoder, 1.0))]
     return model, groups
+
+
+@torch.no_grad()
+def initialise_codes(model, images, sharpness=8.0):
+    """Start a DiscreteVAE with every code in use: code k stands for a patch p_k of `images`, drawn at random.
+
+    With random weights, a few codes win everywhere and the others are never used. Here the encoder starts
+    as a nearest-neighbour classifier of patches. Let f be the normalised input of its last convolution,
+    and A f the linear prediction of the P x P pixels at the same place, by ridge regression. Set
+
+        logit_k = -s |A f - p_k|^2 = 2 s (A^T p_k) . f - s |p_k|^2 + a term that is the same for all k
+
+    The first two terms are a 1x1 convolution with weight 2 s A^T p_k and bias -s |p_k|^2, which replaces
+    the encoder's last convolution. The third term cancels in the softmax. s is chosen so that a random
+    code, for which |A f - p_k|^2 is about 2 |p_k|^2, has the logit -sharpness ln V. Pixels are relative
+    to their mean. In the decoder, the vector of code k is a random projection of p_k: similar codes,
+    similar vectors.
+    images (B, 3, H, W): with 8 V patches or more, A is accurate and nearly all codes differ.
+    """
+    P = model.downsample
+    f = torch.cat([model.forward_features(part) for part in images.split(64)])
+    f = f.permute(0, 2, 3, 1).flatten(0, 2).float()                # (B h w, width)
+    mean, std = f.mean(dim=0), f.std() + 1e-6                      # one std for all channels
+    f = (f - mean) / std
+    p = F.unfold(images - images.mean(dim=(0, 2, 3), keepdim=True), P, stride=P)    # (B, 3 P P, h w)
+    p = p.transpose(1, 2).flatten(0, 1)                            # (B h w, 3 P P)
+    covariance = f.t() @ f / len(f)
+    ridge = 1e-4 * torch.eye(len(covariance), device=f.device)
+    A = torch.linalg.solve(covariance + ridge, f.t() @ p / len(f)).t()    # (3 P P, width)
+    patches = p.unique(dim=0)                                      # equal patches share a code
+    code_numbers = torch.arange(model.vocab_size)
+    chosen = torch.randperm(len(patches))[code_numbers % len(patches)]    # repeated if fewer than V
+    p_k = patches[chosen.to(p.device)]                             # (V, 3 P P)
+    s = sharpness * math.log(model.vocab_size) / (2 * p_k.square().sum(1).mean() + 1e-6)
+    output, codebook = model.encoder.blocks.output.conv, model.decoder.blocks.input
+    weight = 2 * s * (p_k @ A) / std                               # for features that are not normalised
+    output.w.copy_(weight[..., None, None])
+    output.b.copy_(-s * p_k.square().sum(1) - weight @ mean)
+    codes = p_k @ torch.randn(p_k.shape[1], CODE_DIM).to(p_k.device)    # (V, CODE_DIM)
+    codebook.w.copy_((codes / codes.std()).t()[..., None, None])
 
 
 def shorter_warmup_cosine(fraction, step, steps, peak, end, warmup_steps):

@@ -44,9 +44,10 @@ def tokenizer(tmp_path_factory):
     import torch
 
     import dvae
+    import train_dvae
     torch.manual_seed(0)
     model = dvae.DiscreteVAE(vocab_size=64, hidden=8, groups=3, blocks_per_group=1)
-    model.initialise_codes(torch.rand(16, 3, 16, 16).cumsum(2).cumsum(3) / 256)
+    train_dvae.initialise_codes(model, torch.rand(16, 3, 16, 16).cumsum(2).cumsum(3) / 256)
     path = tmp_path_factory.mktemp("tokenizer") / "model.pt"
     torch.save({"model": model.state_dict(), "config": model.config, "kind": "DiscreteVAE"}, path)
     return path

@@ -6,6 +6,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import dvae
+import train_dvae
 import weights
 from dvae import DiscreteVAE
 
@@ -75,7 +76,7 @@ def test_tokens_are_the_likeliest_codes_without_noise():
 def test_tokens_under_autocast():
     """Convolutions in bf16, the last one and argmax in fp32: bf16 is too coarse for logits of near codes."""
     model, images, tf32 = small(vocab_size=512), smooth_images(64), []
-    model.initialise_codes(images)
+    train_dvae.initialise_codes(model, images)
     output = model.encoder.blocks.output.conv
     fine = model.tokenize(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,12 +88,21 @@ def test_tokens_under_autocast():
     assert (tokens == fine).float().mean() > (rounded == fine).float().mean() + 0.1
 
 
+def error_of_codes(model, images):
+    """The squared error of patches of 4x4 pixels from the mean patch with the same token."""
+    tokens = model.tokenize(images).flatten()
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
+    means = torch.zeros(model.vocab_size, 48).index_reduce_(0, tokens, patches, "mean", include_self=False)
+    return (patches - means[tokens]).square().mean().item()
+
+
 def test_initial_codes_are_all_over_the_images():
-    model, images = small(vocab_size=256), smooth_images(32)
-    before = model.tokenize(images).unique().numel()
-    model.initialise_codes(torch.cat([images, torch.zeros(96, 3, 16, 16)]))    # equal patches share a code
-    used = model.tokenize(images).unique().numel()
-    assert used > 150 > 3 * before
+    model, images = small(vocab_size=256), smooth_images(64)
+    before = error_of_codes(model, images)
+    black = torch.zeros(96, 3, 16, 16)                                 # equal patches share a code
+    train_dvae.initialise_codes(model, torch.cat([images, black]))
+    after = error_of_codes(model, images)
+    assert model.tokenize(images).unique().numel() > 100 and after < 0.25 * before
     confidence = model.encode(images).softmax(1).amax(1).mean()
     assert 0.03 < confidence < 0.15                                    # neither noise nor a hard choice
     assert model.decoder.blocks.input.w.std().item() == pytest.approx(1, abs=0.01)

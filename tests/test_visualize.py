@@ -21,6 +21,7 @@ import data
 import dvae
 import masking
 import plots
+import train_dvae
 import visualize
 import vit
 from folders import IGNORE
@@ -43,7 +44,7 @@ def small_model(vocab_size=50, image_size=32, **fields):
 def small_tokenizer():
     torch.manual_seed(0)
     tokenizer = dvae.DiscreteVAE(vocab_size=50, hidden=8, groups=3, blocks_per_group=1).eval()
-    tokenizer.initialise_codes(scenes(8, 16))
+    train_dvae.initialise_codes(tokenizer, scenes(8, 16))
     return tokenizer.requires_grad_(False)
 
 
