@@ -31,7 +31,7 @@ from run import Run, parameter_groups
 # Table 12 for base and large; tiny and small have the recipe of base. demo (minutes) and evening are ours.
 TABLE_12 = dict(epochs=800.0, batch_size=2048, base_batch=2048, base_lr=1.5e-3, min_lr=1e-5, warmup=10 / 800,
                 clip_grad=3.0)
-DEMO = dict(batch_size=32, base_batch=32, base_lr=2e-3, min_lr=2e-5, warmup=0.1, clip_grad=3.0, image_size=64,
+DEMO = dict(batch_size=32, base_batch=32, base_lr=4e-3, min_lr=4e-5, warmup=0.1, clip_grad=3.0, image_size=64,
             drop_path=0.0, position="shared_relative", crop_scale=0.6, jitter=0.0, log_every=1,
             save_every=100)
 PRESETS = {
