@@ -166,7 +166,7 @@ def read_sample(source, index, train=True):
 
 @functools.cache
 def warn_once(message):
-    """Warn of a file that is skipped. Thanks to the cache, each process does so once."""
+    """Warn of a file that is skipped. Each process says a message once, because of the cache."""
     sys.stderr.write(f"warning: {message}\n")    # one write, so that lines stay whole
 
 
@@ -346,9 +346,10 @@ def sample_batch(dataset, count, collate=default_collate):
 
 def spread_samples(dataset, count):
     """At most count samples of the first epoch, evenly spaced, with others for those that cannot be read."""
-    spacing = max(1, len(dataset) // count)
-    indices = (index for first in range(spacing) for index in range(first, len(dataset), spacing))
-    return list(islice(filter(None, (dataset[0, index] for index in indices)), count))
+    count = min(count, len(dataset))
+    spread = [i * len(dataset) // count for i in range(count)]
+    others = sorted(set(range(len(dataset))) - set(spread))
+    return list(islice(filter(None, (dataset[0, index] for index in [*spread, *others])), count))
 
 
 # ---- The splits of --data ----
@@ -394,6 +395,8 @@ def open_splits(data, root, labels=None, download=False):
             raise UserError(f"--data: {data} needs train/ and val/ (or validation/), with a folder per class")
         training = ClassFolders(train)
         return training, ClassFolders(val, training.classes)
+    if (folder / "images/training").is_dir() and (folder / "annotations").is_dir():    # ADE20K's layout
+        train, val = folder / "images/training", folder / "images/validation"
     paths = image_paths(train if train.is_dir() else folder, without=val)
     if val is not None:
         return Images(paths), Images(image_paths(val))

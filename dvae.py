@@ -115,7 +115,7 @@ class DiscreteVAE(nn.Module):
         self.config = dict(vocab_size=vocab_size, hidden=hidden, groups=groups,
                            blocks_per_group=blocks_per_group)
         self.vocab_size, self.downsample = vocab_size, 2 ** (groups - 1)
-        self.image_size = None                                         # that of its training, if it is known
+        self.image_size = None                                         # pixels per side in training, if known
         widths = [hidden * 2 ** g for g in range(groups)]
         self.encoder = Stack(input_conv=Conv2d(3, hidden, 7), widths=widths, kernels=(3, 3, 3, 1),
                              blocks_per_group=blocks_per_group, resample=nn.MaxPool2d(2), n_out=vocab_size)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, __file__.rpartition("/")[0])    # this folder, which PYTHONSAFEPATH leaves out
 
 import data
 import launch
@@ -23,9 +23,9 @@ import vit
 from run import Run, parameter_groups
 
 # base, large, cifar100: Table 13, with learning rates from its range; as in the released code, base has no
-# repeated augmentation and large has drop_path 0.2. 384: sec. 3.1, which gives no warm-up and no layer decay:
-# here the same fraction of the steps and the same decay as at 224 pixels. intermediate: the released code.
-# demo, tiny and small are ours.
+# repeated augmentation and large has drop_path 0.2. 384: sec. 3.1, which does not state warm-up and layer
+# decay: here the same fraction of the steps and the same decay as at 224 pixels. intermediate: the released
+# code. demo, tiny and small are ours.
 IMAGENET = dict(epochs=100.0, batch_size=1024, base_batch=1024, base_lr=4e-3, min_lr=1e-6, warmup=0.2)
 LARGE = {**IMAGENET, **vit.SIZES["large"], "epochs": 50.0, "base_lr": 2e-3, "warmup": 0.1,
          "layer_decay": 0.75, "drop_path": 0.2}

@@ -25,7 +25,7 @@ class Images(Dataset):
     """Image files without labels: (image, 0)."""
 
     def __init__(self, paths):
-        self.paths = np.array(paths)    # each loader process would copy a list, by counting references
+        self.paths = np.array(paths)    # not a list: reference counts would make each loader copy it
 
     def __len__(self):
         return len(self.paths)
@@ -152,7 +152,7 @@ def image_paths(folder, without=None):
         visited.add(os.path.realpath(without))
     to_walk, path_of, links, left_out = [str(folder)], {}, [], []      # path_of: real path -> path
     while to_walk:
-        for where, folders, names in os.walk(to_walk.pop(0)):
+        for where, folders, names in os.walk(to_walk.pop(0), onerror=refuse_folder):
             real = os.path.realpath(where)
             contains_top = real != top and os.path.commonpath([real, top]) == real
             if real in visited or contains_top:
@@ -177,6 +177,11 @@ def image_paths(folder, without=None):
         say(f"warning: {folder}: {len(left_out)} files are left out, for example {printable(left_out[0])}; "
             f"images are {' '.join(SUFFIXES)}")
     return sorted(path_of.values())
+
+
+def refuse_folder(error):
+    """Raise UserError for the OSError of a folder that cannot be listed; os.walk would leave it out."""
+    raise UserError(f"--data: {error.filename} cannot be listed ({error.strerror})")
 
 
 def is_data(name):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -127,7 +128,8 @@ def add_model_flags(parser, defaults):
         help="paper: absolute; released code: shared_relative, and relative in fine-tuning")
     add("--layer-scale", type=nonnegative, help="initial gamma, 0 = none (paper); released: 0.1, large 1e-5")
     add("--drop-path", type=fraction, help="stochastic depth; its rate rises from 0 to this over the blocks")
-    add("--init-std", type=positive, help="std of initial weights (sec. 2.5); small D: 0.02 sqrt(768 / D)")
+    add("--init-std", type=positive,
+        help="std of the backbone's initial weights (sec. 2.5); small D: 0.02 sqrt(768 / D)")
     add("--checkpoint-blocks", action="store_true",
         help="recompute blocks in the backward pass, to save memory")
 
@@ -139,7 +141,7 @@ def add_finetuning_flags(parser, defaults):
     add = parser.add_argument
     add("--init", type=text, help="model.pt or a released checkpoint; none: from scratch (default: the "
         "model.pt that pretrain.py wrote for the same --data)")
-    add("--eval", action="store_true", help="only evaluate --init (default: the model.pt of this script)")
+    add("--eval", action="store_true", help="only evaluate --init (default: <out>/model.pt)")
     add("--validate", type=positive_int,
         help="hold out this many training images, and evaluate on them instead")
     add("--layer-decay", type=number(float, 1e-6, 1), default=0.65,
@@ -175,8 +177,8 @@ def parse(parser, presets, argv=None):
     preset = presets.get(name, {})                                     # parse_args refuses a wrong name
     parser.set_defaults(**preset, preset=name, lr=preset.get("base_lr"))    # --help shows it
     args = parser.parse_args(argv)
-    # Parse again into a namespace that has every flag as None. argparse does not replace these by defaults,
-    # so what is not None was given on the command line.
+    # Parse again into a namespace where every flag is None already. argparse sets defaults only for missing
+    # attributes, so what is not None was given on the command line.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     args.given = [flag for flag, value in given.items() if value is not None]
     if "steps" in args.given:
@@ -270,7 +272,7 @@ class Output:
 
 
 KNOWN_ERRORS = {    # RuntimeErrors of PyTorch: a part of the message -> the line to print
-    "DataLoader worker": "--workers: a loader process was killed, perhaps for lack of memory; use fewer",
+    "DataLoader worker (pid": "--workers: a loader process was killed, perhaps for lack of memory; use fewer",
     "No working C++ compiler": "--compile: this machine has no C++ compiler; install g++ or clang",
     "Cannot find a working triton": "--compile: PyTorch's Triton is not installed, or does not know this GPU"}
 
@@ -285,7 +287,7 @@ def one_line_errors():
             yield
         except (UserError, OSError, FloatingPointError) as error:
             message = str(error).strip() or type(error).__name__
-            line = message.splitlines()[-1].removeprefix("OSError: ")  # a loader's error is a whole traceback
+            line = re.sub(r"^[\w.]*Error: ", "", message.splitlines()[-1])    # of a loader's traceback
             exit_with(line, wrong_input=isinstance(error, UserError))
         except RuntimeError as error:
             lines = [line for part, line in KNOWN_ERRORS.items() if part in str(error)]
@@ -329,11 +331,11 @@ def join_processes(device, precision):
 
 def keep_freed_memory():
     """Let glibc keep large blocks for the next step. Otherwise Linux clears new pages each time."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                              # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                              # from malloc.h
     with suppress(OSError, AttributeError):                            # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)                                         # no block of its own outside the heap
-        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)                         # the heap never shrinks
+        mallopt(M_MMAP_MAX, 0)                                         # no separate mappings for large blocks
+        mallopt(M_TRIM_THRESHOLD, -1)                                  # the heap never shrinks
 
 
 @functools.cache

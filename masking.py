@@ -24,7 +24,7 @@ def blockwise_mask(grid, num_masked, rng, *, min_block=None, min_aspect=0.3, exa
     Returns a boolean array (h, w). Raises ValueError if the mask would be empty or full.
     """
     h, w = grid
-    check_count(num_masked, h * w - (1 if exact else 2))               # inexact masks have at least one more
+    check_count(num_masked, h * w - (1 if exact else 2))               # inexact: at least one more
     if min_block is None:
         min_block = max(1, round(16 / 196 * h * w))
     if not (1 <= min_block <= h * w and 0 < min_aspect <= 1):

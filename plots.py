@@ -226,8 +226,7 @@ def figure_tokens(images, tokens, soft, hard, examples=3, colours=token_colours)
 @default_style()
 def figure_reconstructions(pictures):
     """Images and their reconstructions by a tokenizer, a row for each: {label: (n, 3, H, W)}."""
-    rows = list(zip(*zip(*pictures.values())))                         # n images in each
-    return figure_sheet(rows, row_labels=pictures)[0]
+    return figure_sheet(list(pictures.values()), row_labels=pictures)[0]
 
 
 # ---- Predictions of a masked image model (sec. 2.3) ----
@@ -271,9 +270,9 @@ def figure_predictions(pictures, mask, correct=None):
     images = [list(pictures_of_image) for pictures_of_image in zip(*pictures.values())]
     columns = 2 if len(images) > 1 else 1
     rows = [sum(images[i:i + columns], []) for i in range(0, len(images), columns)]
-    footer = "white line: the masked area, which is predicted"
+    footer = "white line: the area that is predicted"
     if correct is not None:
-        footer += ";  dots and numbers: patches whose token is predicted exactly"
+        footer += ";  dots and numbers: patches whose predicted token is correct"
     figure, axis, place = figure_sheet(rows, [*pictures] * columns, footer=footer, gap=0.16)
     for i, area in enumerate(predicted):
         left, right, bottom, top = place(i // columns, (i % columns + 1) * len(pictures) - 1)
@@ -305,8 +304,8 @@ class Gallery:
 
     file_name  of the picture of the last evaluation, a figure draw(*inputs)
     look       function without arguments that returns these inputs. The first is a dict of pictures
-               {title: (n, 3, H, W)}, of which the last title is followed in progress.png
-    measure    name of the number in the report of an evaluation that stands above its column
+               {title: (n, 3, H, W)}, of which the last goes into progress.png
+    measure    key of an evaluation's report; its value stands above the column
     The columns are kept in the checkpoints of the run.
     """
     MAX_ROWS, MAX_COLUMNS = 4, 12
@@ -321,6 +320,7 @@ class Gallery:
         pictures = list(self.inputs[0].values())[-1][:self.MAX_ROWS]
         if len(self.columns) == self.MAX_COLUMNS:                      # drop every second one
             self.columns = self.columns[::2]
+        self.columns = [column for column in self.columns if not column[0].startswith(f"step {step}\n")]
         title = f"step {step}\n{self.measure.replace('_', ' ')} {report[self.measure]:.3g}"
         self.columns.append((title, (255 * pictures.clamp(0, 1)).round().byte().cpu()))
 
@@ -350,7 +350,7 @@ def figure_attention(image, attention, references, grid, title=None):
 
     image (3, H, W); attention (heads, 1+N, 1+N) of one layer: row = query, column = key, token 0 = [S]
     references: a list of (row, column) on the grid (h, w), from 0, or "S" for [S]
-    Each map has its own scale. Its brightest colour is its largest value outside of the reference patch.
+    Each map has its own scale. The brightest colour stands for the largest value outside the reference patch.
     """
     (H, W), (h, w) = image.shape[-2:], grid
     row_labels = ["[S]" if reference == CLS else "patch {},{}".format(*reference) for reference in references]
@@ -393,12 +393,14 @@ def show_grid(axis, grid, image_hw):
 def most_telling_layer(model, image):
     """The layer, from 0, whose attention depends most on the image (3, H, W), and how much: from 0 to 1.
 
-    That is the share of attention that moves if the image becomes grey, mean over heads and queries.
+    That is the total variation between its attention to the image and to a grey one, half the sum of absolute
+    differences, mean over heads and queries.
     """
-    grey = torch.full_like(image, 0.5)
-    maps = model.attention_maps(torch.stack([image, grey]), layer=None)    # L of (2, heads, 1+N, 1+N)
-    moved = torch.stack([(of_image - of_grey).abs().sum(dim=-1).mean() / 2 for of_image, of_grey in maps])
-    return moved.argmax().item(), moved.max().item()
+    both, moved = torch.stack([image, torch.full_like(image, 0.5)]), []
+    for layer in range(model.config.depth):                            # one at a time, to save memory
+        of_image, of_grey = model.attention_maps(both, layer)          # (heads, 1+N, 1+N)
+        moved.append((of_image - of_grey).abs().sum(dim=-1).mean().item() / 2)
+    return moved.index(max(moved)), max(moved)
 
 
 @default_style()

@@ -61,7 +61,7 @@ def offset_weights(old, new):
 
     Along one axis, a bias table is a function of the offset between query and key, -(old - 1) ... old - 1
     patches. It changes fast at small offsets and slowly at large ones, and patches keep their size in pixels.
-    If all offsets were stretched alike, a patch farther away would get the bias of a neighbour. The released
+    If all offsets were stretched alike, the bias of neighbours would go to patches farther away. The released
     code therefore leaves the offsets -1, 0 and 1 in place and makes each further gap q times as wide as the
     one before it, such that the last old offset meets the last new one. From 4 patches to 5, q is 1.30:
 

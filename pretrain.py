@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, __file__.rpartition("/")[0])    # this folder, which PYTHONSAFEPATH leaves out
 
 import data
 import launch
@@ -48,7 +48,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The flags of pretrain.py. Exits with argparse's message if they do not fit together."""
-    parser = launch.make_parser(__file__, __doc__, epilog="flags of the tokenizer belong to train_dvae.py")
+    parser = launch.make_parser(__file__, __doc__, epilog="the tokenizer's own flags: see train_dvae.py")
     launch.add_model_flags(parser, defaults=vit.ViTConfig())
     add = parser.add_argument
     add("--tokenizer", type=launch.text, help="model.pt of train_dvae.py, or DALL-E's encoder.pkl beside its "
@@ -171,16 +171,16 @@ def evaluate(model, tokenizer, views, args, device):
     means, counts = launch.Means(), 0
     for batch in data.val_loader(views, args, device, partial(collate, predict=args.predict), num_images=512):
         images, token_images, mask, places = to_device(batch, device)
+        scores = {}
         with launch.autocast(args.precision, device):
             targets = targets_at(places, images, token_images, model, tokenizer)
             outputs = model(images, mask, places)
-        loss, accuracy = loss_and_accuracy(outputs, targets)
-        scores = {"val_loss": loss}
+            if tokenizer and tokenizer.decoder:
+                scores["val_pixel_error"] = pixel_error(tokenizer, token_images, outputs.argmax(-1), places)
+        scores["val_loss"], accuracy = loss_and_accuracy(outputs, targets)
         if tokenizer:
             scores["val_accuracy"] = accuracy
             counts += torch.bincount(targets, minlength=tokenizer.vocab_size).cpu()
-            if tokenizer.decoder:
-                scores["val_pixel_error"] = pixel_error(tokenizer, token_images, outputs.argmax(-1), places)
         else:                                                          # pixel_mean is 0 when normalised
             scores["mean_loss"] = targets.square().mean()
         means.add(len(targets), **scores)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, __file__.rpartition("/")[0])    # this folder, which PYTHONSAFEPATH leaves out
 
 import data
 import launch
@@ -52,6 +52,8 @@ def parse_args(argv=None):
     args = launch.parse(parser, PRESETS, argv)
     if args.accumulate > 1:
         parser.error("--accumulate: not supported, because features are normalised over the whole batch")
+    if args.batch_size < 2 and not args.knn:
+        parser.error("--batch-size: must be at least 2, for features are normalised over it, got 1")
     if args.init == "none":
         parser.error("--init none: there are no features to evaluate; give a model.pt")
     of_training = ("steps", "epochs", "lr", "min_lr", "warmup", "weight_decay", "clip_grad", "crop_scale",
@@ -234,9 +236,9 @@ def knn_accuracy(features, labels, val_features, val_labels, num_classes, neighb
     def from_all_processes(tensor):
         return torch.cat([part.to(tensor.device) for part in launch.all_gather(tensor.cpu())], dim=1)
 
-    correct = 0
+    correct, features = 0, features.float().t()                        # (D, n)
     for queries, truth in zip(val_features.split(1024), val_labels.split(1024)):
-        similarity, index = (queries.float() @ features.float().t()).topk(min(neighbours, len(features)))
+        similarity, index = (queries.float() @ features).topk(min(neighbours, len(labels)))
         similarity = from_all_processes(similarity)                    # (m, candidates)
         candidate_labels = from_all_processes(labels[index])
         similarity, index = similarity.topk(min(neighbours, similarity.shape[1]))    # (m, k)

@@ -27,7 +27,7 @@ import data
 import launch
 import run_folder
 from launch import UserError, format_metrics, make_parser, parse, rank, say, scalars, world_size
-from run_folder import becomes_visible, write_atomically, write_json
+from run_folder import wait_until_visible, write_atomically, write_json
 
 __all__ = ["Run", "UserError", "make_parser", "parse"]    # scripts outside this folder call run.parse
 
@@ -98,7 +98,7 @@ class StopSignal:
         self.received = 0                                              # the signal, 0 = none
         self.handlers = {number: signal.signal(number, self.note_signal)
                          for number in (signal.SIGTERM, signal.SIGINT)
-                         if signal.getsignal(number) != signal.SIG_IGN}    # as of nohup, or trap '' INT
+                         if signal.getsignal(number) != signal.SIG_IGN}    # under nohup, or trap '' INT
 
     def note_signal(self, number, frame):
         if number == signal.SIGINT and self.received == signal.SIGINT:    # a second Ctrl-C does not wait
@@ -128,7 +128,7 @@ class Run:
     it), and at the end model.pt and result.json. Rank 0 writes, all processes read.
 
     num_images: the number of training images; None for an evaluation without training.
-    inputs: what else the run depends on, as of run_folder.inputs.
+    inputs: what else the run depends on, as run_folder.inputs returns it.
     Raises UserError if the images do not fill a batch, or if the folder holds another run or other files, is
     in use, or is not visible on all machines.
 
@@ -139,7 +139,8 @@ class Run:
 
     def __init__(self, args, device, num_images, inputs=None):
         self.args, self.device, self.folder = args, device, Path(args.out)
-        self.steps, self.step, self.report, self.gallery, self.said_where = 0, 0, {}, None, False
+        self.steps, self.step, self.report = 0, 0, {}
+        self.gallery, self.said_where = None, False
         if num_images is not None:
             self.steps, steps_per_epoch = count_steps(args, num_images)
         try:
@@ -147,9 +148,10 @@ class Run:
         except OSError as error:
             reason = f"{error.filename} cannot be used ({error.strerror})" if error.filename else error
             raise UserError(f"--out: {reason}") from None
-        seen = torch.tensor(float(becomes_visible(self.folder / "config.json")), device=device)
-        if launch.all_sum(seen) < world_size():                        # rank 0 wrote the file
-            raise UserError(f"--out: {self.folder} is not visible on all machines; name a shared folder")
+        file = self.folder / "config.json"                             # rank 0 wrote it
+        seen = launch.all_gather(file.read_bytes() if wait_until_visible(file) else None)
+        if len(set(seen)) > 1:
+            raise UserError(f"--out: {self.folder} is not the same folder on all machines; name a shared one")
         if self.finished:
             say(f"{self.folder} is finished; --fresh starts over")
             return
@@ -232,8 +234,8 @@ class Run:
         """Add the gradient of one part of a batch; after the last part, step, evaluate, log and save.
 
         loss: the mean over the part. scores: more scalars for the log; None is left out. Means over parts and
-        processes are logged. count: the number of things, such as pixels, that loss and scores are means of,
-        if it differs between parts. A step then takes the mean over the things of all parts and processes.
+        processes are logged. count: how many things, such as pixels, loss and scores are means over; needed
+        if parts differ in it. A step then takes the mean over the things of all parts and processes.
         Raises FloatingPointError if the mean loss is not finite.
         """
         self.scaler.scale(loss * count / self.args.accumulate).backward()
@@ -243,7 +245,7 @@ class Run:
         if not self.last_part:
             return
         (count, *means), stop_requested = self._all_reduce(self.sums / self.args.accumulate)
-        count = count or 1.0                                           # no thing at all: the sums are 0
+        count = count or 1.0                                           # nothing was counted: the sums are 0
         means = [mean / count for mean in means]
         self.synced_at = time.perf_counter()
         if not math.isfinite(means[0]):
@@ -257,8 +259,10 @@ class Run:
         self._log(dict(zip(["loss", *scores], means)) | {"lr": self.lr, "grad_norm": grad_norm})
         if stop_requested or last or self.step % self.args.save_every == 0:
             self._save()
-        if self.report and not last:                                   # the last time in finish
+        if self.report and not last:                                   # finish draws the last ones
             self._draw_gallery()
+        if self.report:                                                # does not count as training time
+            self.last_line = self.step, time.perf_counter()
         if stop_requested:
             self.stop.exit_by_signal(self.step)
 
@@ -297,8 +301,6 @@ class Run:
             return
         before, start = self.last_line
         self.last_line = step, self.synced_at
-        if evaluated:                                                  # does not count as training time
-            self.last_line = step, time.perf_counter()
         values = {name: float(value) for name, value in values.items()}
         values |= {f"{self.log_prefix}{name}": value for name, value in scalars(self.report).items()}
         images = (step - before) * self.args.batch_size
@@ -333,7 +335,7 @@ class Run:
             write_json(self.folder / "result.json", report)
         if dist.is_initialized():
             dist.barrier()                                             # the others may read the folder next
-        becomes_visible(self.folder / "result.json")
+        wait_until_visible(self.folder / "result.json")
 
     def draw(self, name, draw_figure, *inputs):
         """Save the figure draw_figure(*inputs) in the folder. An error is only a warning."""
@@ -372,7 +374,7 @@ class Run:
         return finished
 
     def depends_on(self, **inputs):
-        """Add inputs, as of run_folder.inputs, that are known only now. Raises UserError if they differ."""
+        """Add inputs (see run_folder.inputs) that are known only now. Raises UserError if they differ."""
         launch.on_first_process(lambda: run_folder.record(self.args, inputs))
 
     def _save(self):

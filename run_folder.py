@@ -1,7 +1,7 @@
 """The folder of a run: which run it holds, and its files.
 
-config.json holds the flags, with resolved paths, and under "inputs" digests of what the run reads. A run
-continues only if both are what they were.
+config.json holds the flags, with resolved paths, and under "inputs" digests of the names of the images and of
+the contents of the checkpoints that the run reads. A run continues only if both are what they were.
 """
 import hashlib
 import itertools
@@ -93,6 +93,7 @@ def record(args, inputs):
     if "preset" not in config:
         raise UserError(f"--out: {folder}/config.json was not written by a run; name another --out")
     known = config.pop("inputs", {})
+    # (name, before, now) of flags, then of inputs
     pairs = [(name, resolve(name, config.get(name)), now.get(name)) for name in config | now
              if name not in MAY_CHANGE]
     pairs += [(name, known[name], value) for name, value in inputs.items() if name in known]
@@ -105,7 +106,7 @@ def record(args, inputs):
 
 
 def check_default(flag, path, same_data):
-    """Raise UserError unless a default, the file `path`, is of a run on the data same_data."""
+    """Raise UserError unless the file `path`, the default of a flag, was written by a run on same_data."""
     trained_on = resolve("data", (read_config(Path(path).parent) or {}).get("data"))
     if trained_on != resolve("data", same_data):
         raise UserError(f"--{flag}: {path} was trained on {trained_on or 'unknown images'}, and --data is "
@@ -128,8 +129,10 @@ def check_out(args):
         path = Path(resolve(flag, getattr(args, flag, None)) or "")
         if not path.is_absolute():
             continue
-        arranged = (path / "train").is_dir() or (path / "images").is_dir()    # only these folders are read
-        if flag == "data" and folder.is_relative_to(path) and not arranged:
+        parts = [path / name for name in ("train", "val", "validation", "images", "annotations")]
+        arranged = (path / "train").is_dir() or (path / "images/training").is_dir()
+        read = parts if arranged else [path]
+        if flag == "data" and any(folder.is_relative_to(part) for part in read):
             raise UserError(f"--out: {args.out} lies in --data {args.data}, and its pictures would be taken "
                             "for images; name a folder outside")
         if path.parent == folder and path.is_file():
@@ -155,14 +158,14 @@ def open_folder(args, inputs):
     Raises UserError if it holds another run or other files, or is in use.
     """
     check_out(args)
-    folder = Path(args.out).resolve()                                  # of a link, the folder behind it
+    folder = Path(args.out).resolve()                                  # if a link, the folder it points to
     file = folder / "config.json"
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun: continue it
     if args.fresh and file.exists() and not restarted:
-        folder_lock = lock(folder)                                     # raises if the run goes on
+        folder_lock = lock(folder)                                     # raises if the run is still going
         new_names = (Path(f"{folder}.old-{n}") for n in itertools.count(1))
         folder.rename(next(name for name in new_names if not name.exists()))
-    folder_lock = lock(folder)
+    folder_lock = lock(folder)                                         # of the new folder, if it was renamed
     if not file.exists():
         write_json(file, flags(args))
     record(args, inputs)
@@ -181,8 +184,8 @@ def lock(folder):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"--out: {folder} is in use by another process; name another") from None
-    except OSError as error:                                           # of some network file systems
+        raise UserError(f"--out: {folder} is in use by another process; name another --out") from None
+    except OSError as error:                                           # on some network file systems
         say(f"warning: {folder} cannot be locked ({error.strerror}); start only one run in it")
     return file
 
@@ -244,7 +247,7 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def becomes_visible(path):
+def wait_until_visible(path):
     """Whether a file exists, or appears within 30 s: network file systems show the files of others late."""
     end = time.monotonic() + 30
     while not path.exists() and time.monotonic() < end:

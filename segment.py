@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, __file__.rpartition("/")[0])    # this folder, which PYTHONSAFEPATH leaves out
 
 import data
 import launch

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, __file__.rpartition("/")[0])    # PYTHONSAFEPATH leaves it out
+sys.path.insert(0, __file__.rpartition("/")[0])    # this folder, which PYTHONSAFEPATH leaves out
 
 import data
 import launch
@@ -31,7 +31,7 @@ OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, t
             lr_ramp=1.0, init_codes=True)
 DEMO = dict(**OURS, base_lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
 PRESETS = {
-    "demo": dict(**DEMO, epochs=1.68, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
+    "demo": dict(**DEMO, epochs=1.92, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
                  kl_weight=0.5, encoder_lr=0.1, ema=0.98, crop_scale=0.6, eval_every=150),
     "demo-8192": dict(**DEMO, steps=2800, batch_size=8, base_batch=8, min_lr=2e-5, kl_weight=0.5,
                       encoder_lr=0.05, ema=0.99, crop_scale=0.6, eval_every=1400),
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     if args.image_size % downsample:
         parser.error(f"--image-size: must be a multiple of {downsample} for {args.groups} groups, "
                      f"got {args.image_size}")
-    if args.warmup >= args.lr_ramp < 1:
+    if args.lr_ramp < 1 and args.warmup >= args.lr_ramp:
         parser.error(f"--warmup: must be less than --lr-ramp, {args.lr_ramp:g}, got {args.warmup:g}")
     return args
 
@@ -117,12 +117,12 @@ def train_for_pretraining(args, grid, run, num_images, device):
 
 
 def compare_sizes(tokenizer, grid):
-    """Warn if a tokenizer was trained on images of another size than it gets for a grid of patches."""
+    """Warn if a tokenizer was trained on images of another size than this grid of patches needs."""
     side, factor, trained = grid[0], tokenizer.downsample, tokenizer.image_size
     if trained not in (None, side * factor):
         launch.say(f"warning: the tokenizer was trained on images of {trained} pixels, and gets images of "
-                   f"{side * factor}: {side} patches x {factor} pixels; train_dvae.py --image-size "
-                   f"{side * factor} fits, or a --patch-size that gives {trained // factor} patches")
+                   f"{side * factor}: {side} patches per side x {factor} pixels; train_dvae.py --image-size "
+                   f"{side * factor} fits, or a --patch-size that gives {trained // factor} patches per side")
 
 
 def train(args, device):
@@ -162,7 +162,7 @@ def build_model(args, views, device):
     model.to(device, memory_format=torch.channels_last)
     if args.init_codes:
         patches_per_image = (args.image_size // model.downsample) ** 2
-        num_images = math.ceil(8 * args.vocab_size / patches_per_image)    # enough for 8 V patches
+        num_images = math.ceil(16 * args.vocab_size / patches_per_image)    # enough for 16 V patches
         images = data.sample_batch(views, num_images)["token_image"]
         initialise_codes(model, data.to_float(images.to(device)))
     groups = [{"params": list(part.parameters()), "weight_decay": args.weight_decay, "lr_scale": scale}
@@ -172,11 +172,12 @@ def build_model(args, views, device):
 
 @torch.no_grad()
 def initialise_codes(model, images, sharpness=8.0):
-    """Start a DiscreteVAE with every code in use: code k stands for a patch p_k of `images`, drawn at random.
+    """Start a DiscreteVAE with every code in use: code k stands for patches of `images` that are like p_k.
 
-    With random weights, a few codes win everywhere and the others are never used. Here the encoder starts
-    as a nearest-neighbour classifier of patches. Let f be the normalised input of its last convolution,
-    and A f the linear prediction of the P x P pixels at the same place, by ridge regression. Set
+    With random weights, a few codes win everywhere and the others are never used. Here the encoder starts as
+    a nearest-neighbour classifier. The p_k are random patches, improved by k-means. Let f be the normalised
+    input of its last convolution, and A f the linear prediction of the P x P pixels at the same place, by
+    ridge regression. Set
 
         logit_k = -s |A f - p_k|^2 = 2 s (A^T p_k) . f - s |p_k|^2 + a term that is the same for all k
 
@@ -185,28 +186,31 @@ def initialise_codes(model, images, sharpness=8.0):
     code, for which |A f - p_k|^2 is about 2 |p_k|^2, has the logit -sharpness ln V. Pixels are relative
     to their mean. In the decoder, the vector of code k is a random projection of p_k: similar codes,
     similar vectors.
-    images (B, 3, H, W): with 8 V patches or more, A is accurate and nearly all codes differ.
+    images (B, 3, H, W): with 16 V patches or more, A is accurate and nearly all codes differ.
     """
     P = model.downsample
     f = torch.cat([model.forward_features(part) for part in images.split(64)])
-    f = f.permute(0, 2, 3, 1).flatten(0, 2).float()                # (B h w, width)
-    mean, std = f.mean(dim=0), f.std() + 1e-6                      # one std for all channels
+    f = f.permute(0, 2, 3, 1).flatten(0, 2).float()                    # (B h w, width)
+    mean, std = f.mean(dim=0), f.std() + 1e-6                          # one std for all channels
     f = (f - mean) / std
     p = F.unfold(images - images.mean(dim=(0, 2, 3), keepdim=True), P, stride=P)    # (B, 3 P P, h w)
-    p = p.transpose(1, 2).flatten(0, 1)                            # (B h w, 3 P P)
+    p = p.transpose(1, 2).flatten(0, 1)                                # (B h w, 3 P P)
     covariance = f.t() @ f / len(f)
     ridge = 1e-4 * torch.eye(len(covariance), device=f.device)
     A = torch.linalg.solve(covariance + ridge, f.t() @ p / len(f)).t()    # (3 P P, width)
-    patches = p.unique(dim=0)                                      # equal patches share a code
+    patches = p.unique(dim=0)                                          # equal patches share a code
     code_numbers = torch.arange(model.vocab_size)
     chosen = torch.randperm(len(patches))[code_numbers % len(patches)]    # repeated if fewer than V
-    p_k = patches[chosen.to(p.device)]                             # (V, 3 P P)
+    p_k = patches[chosen.to(p.device)]                                 # (V, 3 P P)
+    for _ in range(2):                                                 # k-means: means of the nearest
+        nearest = torch.cat([torch.cdist(part, p_k).argmin(dim=1) for part in p.split(4096)])
+        p_k.index_reduce_(0, nearest, p, "mean", include_self=False)
     s = sharpness * math.log(model.vocab_size) / (2 * p_k.square().sum(1).mean() + 1e-6)
     output, codebook = model.encoder.blocks.output.conv, model.decoder.blocks.input
-    weight = 2 * s * (p_k @ A) / std                               # for features that are not normalised
+    weight = 2 * s * (p_k @ A) / std                                   # for features that are not normalised
     output.w.copy_(weight[..., None, None])
     output.b.copy_(-s * p_k.square().sum(1) - weight @ mean)
-    codes = p_k @ torch.randn(p_k.shape[1], CODE_DIM).to(p_k.device)    # (V, CODE_DIM)
+    codes = p_k @ torch.randn(p_k.shape[1], CODE_DIM).to(p_k.device)   # (V, CODE_DIM)
     codebook.w.copy_((codes / codes.std()).t()[..., None, None])
 
 
@@ -251,7 +255,7 @@ def look(model, views, args, device):
     """The inputs of figure_reconstructions: 12 held-out images, and what soft and hard codes make of them."""
     images = data.to_float(data.sample_batch(views, 12)["token_image"].to(device))
     soft, hard = model(images, args.temperature).images, model.decode(model.tokenize(images))
-    return {"original": images, "soft codes": soft, "hard codes": hard},
+    return ({"original": images, "soft codes": soft, "hard codes": hard},)    # a tuple of one input
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Draw a figure from the command line: `python visualize.py WHAT`, for the checkpoint that pretrain.py wrote.
+"""Draw a figure from the command line: `python visualize.py WHAT`, of the checkpoint that pretrain.py wrote.
 
 The figures themselves are functions in plots.py. --layer counts from 1, as the paper does; Python from 0.
 """
@@ -18,12 +18,12 @@ from torchvision.transforms.v2 import functional as transforms
 import data
 import launch
 import plots
-import run_folder
 import vit
 import weights
 from folders import BadFile, open_image
 from launch import UserError
 from masking import MASKS, blockwise_mask, number_to_mask
+from run_folder import check_default, describe_file
 from shapes import render_scene
 
 MAX_IMAGES = 100    # in a figure
@@ -69,7 +69,7 @@ def open_images(args, num_images):
     if not indices:
         raise UserError(f"--first: must be from 0 to {len(held_out) - 1} for {args.data}, got {args.first}")
     if len(indices) < num_images:
-        launch.say(f"--first {args.first} leaves {len(indices)} held-out images, not {num_images}")
+        launch.say(f"from --first {args.first} on there are {len(indices)} held-out images")
     return [data.read_sample(held_out, index)[0] for index in indices]
 
 
@@ -98,6 +98,9 @@ def open_masked(args, num_images):
     tokenizer = token_images = None
     if weights.read_json(Path(args.init).with_name("config.json")).get("target") != "pixels":
         tokenizer, path = open_tokenizer(args)
+        known = weights.read_json(Path(args.init).with_name("config.json")).get("inputs", {})
+        if known.get("tokenizer_file", describe_file(path)) != describe_file(path):
+            raise UserError(f"--tokenizer: {path} is not the one that the model of --init was trained with")
         if tokenizer.vocab_size != model.lm_head.out_features:
             raise UserError(f"--tokenizer: {path} has {tokenizer.vocab_size} codes, but the model of --init "
                             f"predicts {model.lm_head.out_features}")
@@ -118,7 +121,7 @@ def resize_model(model, image_hw):
         return model
     resized = vit.VisionTransformer(dataclasses.replace(model.config, image_size=image_hw))
     state = weights.resize_positions(model.state_dict(), resized.config, model.config.grid)
-    resized.load_state_dict(state, strict=False)                       # without the head of the model
+    resized.load_state_dict(state, strict=False)                       # strict=False: the head is left out
     return resized.eval()
 
 
@@ -165,8 +168,8 @@ def plot_masks(args):
 def plot_tokens(args):
     """images, their visual tokens and reconstructions, and patches of the most frequent codes"""
     tokenizer, path = open_tokenizer(args)
-    config = weights.read_json(path.with_name("config.json"))
-    size = args.size or config.get("image_size", 112)                  # 112 for DALL-E's (sec. 2.1)
+    trained = tokenizer.image_size or weights.read_json(path.with_name("config.json")).get("image_size", 112)
+    size = args.size or trained                                        # 112 for DALL-E's (sec. 2.1)
     if size % tokenizer.downsample:
         raise UserError(f"--size: must be a multiple of {tokenizer.downsample} for {path}, got {size}")
     images = data.prepare_images(open_images(args, max(args.count, 64)), size)
@@ -220,7 +223,8 @@ def plot_attention(args):
     reason = ""
     if layer is None:
         layer, moved = plots.most_telling_layer(model, image)
-        layer, reason = layer + 1, f", which depends most on the image: {moved:.0%} moves if it becomes grey"
+        layer += 1
+        reason = f", which depends most on the image: {moved:.0%} of it moves if that is grey"
     index = layer - 1 if layer > 0 else depth + layer
     attention = model.attention_maps(image[None], index)[0]
     title = f"self-attention of layer {index + 1} of {depth}{reason}"
@@ -228,9 +232,9 @@ def plot_attention(args):
 
 
 def object_patches(class_map, grid):
-    """A patch (row, column) for each object in a scene, and one for the background: at most four.
+    """A patch (row, column) for each class in a scene, the background included: at most four.
 
-    Larger ones come first. Of the patches that an object covers most, the one nearest to its centre.
+    Larger classes come first. Of the patches that a class covers most, the one nearest to its centre.
     """
     h, w = grid
     maps = F.one_hot(torch.from_numpy(class_map).long()).permute(2, 0, 1).float()    # (classes, H, W)
@@ -313,10 +317,11 @@ def parse_args(argv=None):
     add(" ".join(COMMANDS), "--out", help=".png, .pdf, .svg or .jpg file (default: runs/WHAT.png)")
     args = parser.parse_args(argv)
     given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    # pairs (flag, another that has no effect beside it)
     replaced = [("--images", flag) for flag in ("--first", "--count", "--data-root")]
     if args.what == "tokens":
         replaced.append(("--tokenizer", "--init"))
-    if args.what == "masks" or "--init" in given:                      # otherwise --data names the checkpoint
+    if args.what == "masks" or given & {"--init", "--tokenizer"}:      # otherwise --data names the checkpoint
         replaced.append(("--images", "--data"))
     for flag, unused in replaced:
         if {flag, unused} <= given:
@@ -324,8 +329,8 @@ def parse_args(argv=None):
     args.out = Path(args.out or f"runs/{args.what}.png")
     if args.what in use_model.split() and args.init is None:
         args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
-        if Path(args.init).exists():
-            run_folder.check_default("init", args.init, getattr(args, "data", "shapes"))
+        if Path(args.init).exists() and not (args.what == "tokens" and args.tokenizer):
+            check_default("init", args.init, getattr(args, "data", "shapes"))
     return args
 
 

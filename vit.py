@@ -158,7 +158,7 @@ class Mlp(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = int(config.dim * config.mlp_ratio)
+        hidden = round(config.dim * config.mlp_ratio)
         self.fc1 = nn.Linear(config.dim, hidden)
         self.fc2 = nn.Linear(hidden, config.dim)
 
@@ -217,7 +217,7 @@ class VisionTransformer(nn.Module):
         if config.position == "shared_relative":
             self.rel_pos_bias = nn.Module()                        # gives the parameter its released name
             self.rel_pos_bias.relative_position_bias_table = relative_position_table(config)
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()    # of drop_path
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()    # per block
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.checkpoint_blocks = False                             # recompute blocks in the backward pass

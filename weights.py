@@ -545,7 +545,7 @@ def save_huggingface(model, path, classes=None, eval_crop=None):
         "model_type": "beit", "architectures": [architecture],
         "image_size": size, "patch_size": config.patch_size,
         "num_channels": 3, "hidden_size": config.dim, "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads, "intermediate_size": int(config.dim * config.mlp_ratio),
+        "num_attention_heads": config.heads, "intermediate_size": round(config.dim * config.mlp_ratio),
         "hidden_act": "gelu", "layer_norm_eps": config.layer_norm_eps,
         "layer_scale_init_value": config.layer_scale, "drop_path_rate": config.drop_path,
         "use_mask_token": isinstance(model, vit.MaskedImageModel),
@@ -598,10 +598,14 @@ def main():
         say(f"{args.file}: {info['source']}, {type(model).__name__}, {info['outputs'] or 'no'} outputs, "
             f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
             f"{len(info['dropped'])} tensors left out\n{info['config']}")
+        if info["guessed"]:
+            say(f"warning: the file does not give {', '.join(info['guessed'])}; the values above are guesses")
         if target == "huggingface":
             save_huggingface(model, out, info["classes"], info["eval_crop"])
         elif target == "timm":
             save_timm(model, out)
+            say("timm has no place for the preprocessing: pass mean={} and std={} to its transforms".format(
+                model.config.pixel_mean, model.config.pixel_std))
         if target:
             say(f"written to {out}, for {target}")
 

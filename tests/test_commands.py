@@ -50,7 +50,7 @@ WRONG = {
         --masking random --log-aspect | --log-aspect and ...: only with --masking blockwise
         --masking random --no-exact-masks | ...--no-exact-masks: only with --masking blockwise
         --masking none --predict all --mask-ratio 0.3 | --mask-ratio: not used with --masking none
-        --vocab-size 64 | unrecognized arguments: --vocab-size 64 (flags of the tokenizer belong to
+        --vocab-size 64 | unrecognized arguments: --vocab-size 64 (the tokenizer's own flags
         --download | --download: only for fashion-mnist, cifar10 and cifar100, not for shapes
         --target pixels --tokenizer a.pt | --tokenizer, ...: not used with --target pixels
         --target pixels --tokenizer-steps 3 | ...--tokenizer-steps: not used with --target pixels

@@ -357,8 +357,8 @@ def test_out_that_other_machines_do_not_see(tmp_path, monkeypatch, rank):
     """Rank 0 makes the folder, and rank 1 looks for it on another disk: both must stop."""
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(launch, "all_sum", lambda seen: seen + rank)    # rank 0 sees it, rank 1 does not
-    monkeypatch.setattr(run_module, "becomes_visible", Path.exists)    # without waiting
+    monkeypatch.setattr(launch, "all_gather", lambda seen: [b"{}", seen])
+    monkeypatch.setattr(run_module, "wait_until_visible", Path.exists)    # without waiting
     with pytest.raises(UserError, match="^--out: .*run .*all machines; name a"):
         open_run(tmp_path / "run")
 

@@ -238,9 +238,9 @@ def test_a_file_may_appear_late(tmp_path, monkeypatch):
             (tmp_path / "late").touch()
 
     monkeypatch.setattr(run_folder.time, "sleep", sleep)
-    assert run_folder.becomes_visible(tmp_path / "late") and len(slept) == 3
+    assert run_folder.wait_until_visible(tmp_path / "late") and len(slept) == 3
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: 10.0 * len(slept))
-    assert not run_folder.becomes_visible(tmp_path / "never")
+    assert not run_folder.wait_until_visible(tmp_path / "never")
 
 
 def test_a_file_system_without_locks(images, monkeypatch):

@@ -536,14 +536,13 @@ def test_references_on_objects():
 def test_the_most_telling_layer():
     """In the second of three layers, each patch attends to the brightest one; the others ignore the image."""
     def attention_maps(images, layer):
-        assert layer is None
         even = torch.full((len(images), 2, 5, 5), 0.2)
         brightest = F.one_hot(1 + images.mean(dim=(1, 2)).argmax(dim=-1), 5).float()
-        return [even, 0.5 * even + 0.5 * brightest[:, None, None], even]
+        return 0.5 * even + 0.5 * brightest[:, None, None] if layer == 1 else even
 
     image = torch.zeros(3, 4, 4)
     image[..., 2] = 1
-    model = SimpleNamespace(attention_maps=attention_maps)
+    model = SimpleNamespace(attention_maps=attention_maps, config=SimpleNamespace(depth=3))
     assert plots.most_telling_layer(model, image) == (1, pytest.approx(0.5))
 
 
