@@ -314,7 +314,7 @@ def test_a_run_prints_its_preset_its_flags_and_the_arithmetic_of_its_learning_ra
     open_run(folder, "--batch-size", 8)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{folder}: preset demo, with steps 10, batch_size 8" in printed
-    assert "10 steps of 8 images, 2 epochs; peak lr 0.0005 = 0.002 x batch 8 / 32; 1 x cpu" in printed
+    assert "10 steps of 8 images, 2 epochs; peak lr 0.001 = 0.004 x batch 8 / 32; 1 x cpu" in printed
     open_run(tmp_path / "b", "--lr", 0.01)
     assert "peak lr 0.01;" in capsys.readouterr().out
 
