@@ -172,12 +172,11 @@ def build_model(args, views, device):
 
 @torch.no_grad()
 def initialise_codes(model, images, sharpness=8.0):
-    """Start a DiscreteVAE with every code in use: code k stands for patches of `images` that are like p_k.
+    """Start a DiscreteVAE with every code in use: code k stands for a random patch p_k of `images`.
 
     With random weights, a few codes win everywhere and the others are never used. Here the encoder starts as
-    a nearest-neighbour classifier. The p_k are random patches, improved by k-means. Let f be the normalised
-    input of its last convolution, and A f the linear prediction of the P x P pixels at the same place, by
-    ridge regression. Set
+    a nearest-neighbour classifier of patches. Let f be the normalised input of its last convolution, and A f
+    the linear prediction of the P x P pixels at the same place, by ridge regression. Set
 
         logit_k = -s |A f - p_k|^2 = 2 s (A^T p_k) . f - s |p_k|^2 + a term that is the same for all k
 
@@ -202,9 +201,6 @@ def initialise_codes(model, images, sharpness=8.0):
     code_numbers = torch.arange(model.vocab_size)
     chosen = torch.randperm(len(patches))[code_numbers % len(patches)]    # repeated if fewer than V
     p_k = patches[chosen.to(p.device)]                                 # (V, 3 P P)
-    for _ in range(2):                                                 # k-means: means of the nearest
-        nearest = torch.cat([torch.cdist(part, p_k).argmin(dim=1) for part in p.split(4096)])
-        p_k.index_reduce_(0, nearest, p, "mean", include_self=False)
     s = sharpness * math.log(model.vocab_size) / (2 * p_k.square().sum(1).mean() + 1e-6)
     output, codebook = model.encoder.blocks.output.conv, model.decoder.blocks.input
     weight = 2 * s * (p_k @ A) / std                                   # for features that are not normalised
