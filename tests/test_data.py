@@ -786,3 +786,29 @@ def test_runs_among_bad_files(tmp_path, record_fault):
     assert len(errors) == 1 and errors[0].startswith("pretrain.py: error: --data: ")
     assert "error: --data: 16 images in a row cannot be used; the first: " in errors[0]
     record_fault("unreadable images: two among good ones, nothing else", 2)
+
+
+def test_ade20k_without_labels_is_its_photos(tmp_path):
+    """Not its class maps; and images/validation is held out."""
+    for part in ("images/training", "images/validation", "annotations/training", "annotations/validation"):
+        (tmp_path / part).mkdir(parents=True)
+        Image.new("RGB" if part.startswith("images") else "L", (4, 4)).save(tmp_path / part / "1.png")
+    source, held_out = data.open_splits(str(tmp_path), "data")
+    assert list(source.paths) == [str(tmp_path / "images/training/1.png")]
+    assert list(held_out.paths) == [str(tmp_path / "images/validation/1.png")]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+    scandir = os.scandir
+
+    def refuse_b(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_b)
+    with pytest.raises(UserError, match="^--data: .*/b cannot be listed .Permission denied"):
+        data.open_splits(str(tmp_path), "data")

@@ -21,6 +21,7 @@ import data
 import dvae
 import masking
 import plots
+import run_folder
 import train_dvae
 import visualize
 import vit
@@ -266,6 +267,8 @@ def test_a_gallery_keeps_a_column_for_each_evaluation():
     assert titles[2] == ["step 40", "val loss -1"] and len(restored.columns) <= restored.MAX_COLUMNS
     for (_, pictures), step in zip(restored.columns, (0, 2, 4, 6, 8, 10, 12, 13)):
         assert pictures.shape == (4, 3, 4, 4) and (pictures == round(255 * step / 40)).all()
+    restored.update(130, {"val_loss": -10.0})                          # measured again: replaces its column
+    assert len(restored.columns) == 8
     figures = restored.figures()
     assert list(figures) == ["predictions.png", "progress.png"]
     assert len(figures["progress.png"]().axes[0].images) == 4 * 9      # and the original
@@ -454,6 +457,8 @@ def folder(tmp_path_factory):
     for name, saved, sizes in (("tokenizer/model.pt", tokenizer, tokenizer.config),
                                ("bare.pt", tokenizer, tokenizer.config), ("model.pt", model, config)):
         torch.save({"kind": type(saved).__name__, "config": sizes, "model": saved.state_dict()}, out / name)
+    inputs = {"tokenizer_file": run_folder.describe_file(out / "tokenizer/model.pt")}
+    (out / "config.json").write_text(json.dumps({"data": "shapes", "inputs": inputs}))
     pixels, wide = small_model(3 * 8 * 8), small_model(image_size=(32, 48))
     for name, saved in (("pixels", pixels), ("wide", wide)):
         write_log(folder / name)
@@ -577,6 +582,7 @@ def test_unreadable_held_out_images(tmp_path):
     tokens --init a.pt --tokenizer b.pt | --init: has no effect with --tokenizer
     tokens --images grey.png --out ./grey.png | --out: grey.png is one of --images; name another file
     attention --data other/shapes | --init: runs/pretrain-shapes/model.pt was trained on shapes, and --data
+    predict --tokenizer runs/pretrain-shapes/bare.pt | --tokenizer: runs/pretrain-shapes/bare.pt is not
     masks --count 101 | argument --count: must be from 1 to 100, got 101
     pipeline --init pixels/model.pt | --init: must be a model that predicts tokens, but pixels
     predict --init pixels/model.pt --tokenizer a.pt | --init: must be a model that predicts tokens, but pixels
