@@ -31,7 +31,7 @@ OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, t
             lr_ramp=1.0, init_codes=True)
 DEMO = dict(**OURS, base_lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
 PRESETS = {
-    "demo": dict(**DEMO, epochs=1.2, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
+    "demo": dict(**DEMO, epochs=1.52, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
                  kl_weight=0.5, encoder_lr=0.3, ema=0.98, crop_scale=0.6, eval_every=150),
     "demo-8192": dict(**DEMO, steps=2800, batch_size=8, base_batch=8, min_lr=2e-5, kl_weight=0.5,
                       encoder_lr=0.05, ema=0.99, crop_scale=0.6, eval_every=1400),
@@ -172,11 +172,12 @@ def build_model(args, views, device):
 
 @torch.no_grad()
 def initialise_codes(model, images, sharpness=8.0):
-    """Start a DiscreteVAE with every code in use: code k stands for a random patch p_k of `images`.
+    """Start a DiscreteVAE with every code in use: code k stands for patches of `images` that are like p_k.
 
     With random weights, a few codes win everywhere and the others are never used. Here the encoder starts as
-    a nearest-neighbour classifier of patches. Let f be the normalised input of its last convolution, and A f
-    the linear prediction of the P x P pixels at the same place, by ridge regression. Set
+    a nearest-neighbour classifier. The p_k are random patches, improved by k-means. Let f be the normalised
+    input of its last convolution, and A f the linear prediction of the P x P pixels at the same place, by
+    ridge regression. Set
 
         logit_k = -s |A f - p_k|^2 = 2 s (A^T p_k) . f - s |p_k|^2 + a term that is the same for all k
 
@@ -201,6 +202,11 @@ def initialise_codes(model, images, sharpness=8.0):
     code_numbers = torch.arange(model.vocab_size)
     chosen = torch.randperm(len(patches))[code_numbers % len(patches)]    # repeated if fewer than V
     p_k = patches[chosen.to(p.device)]                                 # (V, 3 P P)
+    for _ in range(2):                                                 # k-means
+        nearest = torch.cat([torch.cdist(part, p_k).argmin(dim=1) for part in p.split(4096)])
+        sums = torch.zeros_like(p_k).index_add_(0, nearest, p)
+        counts = nearest.bincount(minlength=len(p_k))[:, None]
+        p_k = torch.where(counts > 0, sums / counts, p_k)
     s = sharpness * math.log(model.vocab_size) / (2 * p_k.square().sum(1).mean() + 1e-6)
     output, codebook = model.encoder.blocks.output.conv, model.decoder.blocks.input
     weight = 2 * s * (p_k @ A) / std                                   # for features that are not normalised
