@@ -35,8 +35,8 @@ DEMO = dict(batch_size=32, base_batch=32, base_lr=4e-3, min_lr=4e-5, warmup=0.1,
             drop_path=0.0, position="shared_relative", crop_scale=0.6, jitter=0.0, log_every=1,
             save_every=100)
 PRESETS = {
-    "demo": {**DEMO, "epochs": 2.4, "patch_size": 8, "dim": 128, "depth": 4, "heads": 4,
-             "tokenizer_preset": "demo", "eval_every": 110},
+    "demo": {**DEMO, "epochs": 2.2, "patch_size": 8, "dim": 128, "depth": 4, "heads": 4,
+             "tokenizer_preset": "demo", "eval_every": 100},
     "evening": {**DEMO, "epochs": 8.0, "patch_size": 4, "dim": 192, "depth": 6, "heads": 6,
                 "tokenizer_preset": "evening", "eval_every": 250},
     "tiny": {**TABLE_12, **vit.SIZES["tiny"]},

@@ -31,7 +31,7 @@ OURS = dict(weight_decay=1e-4, clip_grad=1.0, blocks_per_group=1, kl_ramp=0.3, t
             lr_ramp=1.0, init_codes=True)
 DEMO = dict(**OURS, base_lr=4e-3, warmup=0.1, image_size=32, hidden=32, groups=3, log_every=1, save_every=100)
 PRESETS = {
-    "demo": dict(**DEMO, epochs=1.52, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
+    "demo": dict(**DEMO, epochs=1.44, batch_size=16, base_batch=16, min_lr=4e-5, vocab_size=1024,
                  kl_weight=0.5, encoder_lr=0.3, ema=0.98, crop_scale=0.6, eval_every=150),
     "demo-8192": dict(**DEMO, steps=2800, batch_size=8, base_batch=8, min_lr=2e-5, kl_weight=0.5,
                       encoder_lr=0.05, ema=0.99, crop_scale=0.6, eval_every=1400),
