@@ -315,6 +315,7 @@ def small_disk(tmp_path):
 FILL_AFTER = """
 import contextlib
 save = run.Run._save
+run.Run._draw_gallery = lambda self: None    # pictures would take room
 def hurt(self):
     save(self)
     if self.step == {}:
@@ -349,7 +350,8 @@ def test_a_file_that_may_not_grow(flags, whole, tmp_path, record_fault):
     limit = (whole[1] / "last.pt").stat().st_size // 2
     hurt = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     error, = errors(finished(start(tmp_path, *flags, processes=2, hurt=hurt), 1))
-    assert re.search("last.pt could not be written .*File too large", error) and len(log(tmp_path)) == 2
+    assert re.search("last.pt could not be written .*(File too large|unexpected pos)", error)    # of PyTorch
+    assert len(log(tmp_path)) == 2
     assert not list(tmp_path.glob("*.pt*"))
     record_fault("a checkpoint over the limit of a file's size, two processes", 1)
 

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import traceback
-import types
 import zipfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import data
 import dvae
 import launch
 import pretrain
+import run_folder
 import vit
 import weights
 from run import Run
@@ -116,7 +116,7 @@ def saved(value, zipped=True):
 
 def choose(path):
     """Take last.pt as a run does. Raises UserError if it is damaged."""
-    Run._choose_checkpoint(types.SimpleNamespace(folder=path.parent))
+    run_folder.choose_checkpoint(path.parent)
 
 
 def restore(path):
