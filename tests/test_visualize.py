@@ -165,7 +165,7 @@ def crowded_figures():
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("error::UserWarning")                                   # a layout that does not fit, no glyph
+@pytest.mark.filterwarnings("error::UserWarning")                      # no room, no glyph
 @pytest.mark.parametrize("name", crowded_figures())
 def test_crowded_figures_have_room_for_all_texts(name):
     figure = crowded_figures()[name]()
