@@ -376,6 +376,8 @@ def open_splits(data, root, labels=None, download=False):
     validation/), every 50th image is held out. Raises UserError if files are missing or arranged differently.
     """
     assert labels in (None, "classes", "maps"), labels
+    if download and data not in TORCHVISION:
+        raise UserError(f"--download: only for {', '.join(TORCHVISION)}, not for {data}")
     if data == "shapes":
         return Shapes("train", labels == "maps"), Shapes("val", labels == "maps")
     if data in TORCHVISION:

@@ -191,8 +191,6 @@ def parse(parser, presets, argv=None):
     if "min_lr" not in args.given:
         args.min_lr *= scale
     args.out = args.out or f"runs/{Path(parser.prog).stem}-{Path(args.data).resolve().name}"
-    if args.download and args.data not in ("fashion-mnist", "cifar10", "cifar100"):
-        parser.error(f"--download: only for fashion-mnist, cifar10 and cifar100, not for {args.data}")
     parts = world_size() * args.accumulate
     if args.batch_size % parts and not getattr(args, "eval", False):
         possible = math.ceil(args.batch_size / parts) * parts

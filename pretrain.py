@@ -99,9 +99,8 @@ def train(args, device):
     """
     config = launch.config_from_flags(vit.ViTConfig, args)
     source, held_out = data.open_splits(args.data, args.data_root, download=args.download)
-    tokenizer = None
-    if args.tokenizer:                                                 # before Run, which makes the folder
-        tokenizer = load_tokenizer(args.tokenizer, args, config, held_out)
+    # A wrong --tokenizer is refused here, before Run makes the folder.
+    tokenizer = load_tokenizer(args.tokenizer, args, config, held_out) if args.tokenizer else None
     run = Run(args, device, len(source), run_folder.inputs(args, source, held_out))
     if run.finished:
         return
@@ -173,10 +172,12 @@ def evaluate(model, tokenizer, views, args, device):
         images, token_images, mask, places = to_device(batch, device)
         scores = {}
         with launch.autocast(args.precision, device):
-            targets = targets_at(places, images, token_images, model, tokenizer)
             outputs = model(images, mask, places)
+            tokens = tokenizer.tokenize(token_images) if tokenizer else None    # (B, h, w), for both numbers
+            targets = tokens.flatten()[places] if tokenizer else targets_at(places, images, None, model, None)
             if tokenizer and tokenizer.decoder:
-                scores["val_pixel_error"] = pixel_error(tokenizer, token_images, outputs.argmax(-1), places)
+                error = pixel_error(tokenizer, token_images, tokens, outputs.argmax(dim=-1), places)
+                scores["val_pixel_error"] = error
         scores["val_loss"], accuracy = loss_and_accuracy(outputs, targets)
         if tokenizer:
             scores["val_accuracy"] = accuracy
@@ -193,14 +194,13 @@ def evaluate(model, tokenizer, views, args, device):
     return report
 
 
-def pixel_error(tokenizer, token_images, predicted, places):
+def pixel_error(tokenizer, token_images, tokens, predicted, places):
     """The squared error of the decoded prediction per RGB value in [0, 1], mean over M patches.
 
-    predicted: the tokens of the patches at `places`, int64 (M,). Elsewhere the true tokens are decoded.
+    predicted: the tokens of the patches at `places`, int64 (M,). Elsewhere `tokens` (B, h, w) are decoded.
     """
-    tokens = tokenizer.tokenize(token_images)                          # (B, h, w)
-    tokens.view(-1)[places] = predicted
-    error = (tokenizer.decode(tokens) - token_images).square().mean(dim=1)    # (B, H, W)
+    decoded = tokens.flatten().index_copy(0, places, predicted).view_as(tokens)
+    error = (tokenizer.decode(decoded) - token_images).square().mean(dim=1)    # (B, H, W)
     return F.avg_pool2d(error, tokenizer.downsample).flatten()[places].mean()
 
 

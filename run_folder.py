@@ -201,18 +201,18 @@ def choose_checkpoint(folder):
             continue
         try:
             with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()                         # torch.load skips the checksums
+                broken = archive.testzip()                             # torch.load skips the checksums
             if broken:
                 raise ValueError(f"{broken} fails its checksum")
             torch.load(path, map_location="meta", weights_only=True)["step"]
-        except Exception as error:                                 # zipfile and torch raise a dozen kinds
+        except Exception as error:                                     # zipfile and torch raise a dozen kinds
             reason = " ".join(str(error).split())[:200]
             damaged.append(f"{path} is damaged ({type(error).__name__}: {reason})")
             continue
         if damaged:
             say(f"warning: {damaged[0]} and set aside; {path} is used")
             os.replace(last, f"{last}.damaged")
-        os.replace(path, last)                                     # does nothing if path is last.pt
+        os.replace(path, last)                                         # does nothing if path is last.pt
         return True
     if damaged:
         raise UserError(f"--out: {' and '.join(damaged)}; restore a backup, or start over with --fresh")

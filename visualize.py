@@ -316,22 +316,27 @@ def parse_args(argv=None):
     add(" ".join(COMMANDS), "--dpi", launch.number(int, 1, 1200), default=100, help="pixels per inch")
     add(" ".join(COMMANDS), "--out", help=".png, .pdf, .svg or .jpg file (default: runs/WHAT.png)")
     args = parser.parse_args(argv)
-    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    # pairs (flag, another that has no effect beside it)
-    replaced = [("--images", flag) for flag in ("--first", "--count", "--data-root")]
-    if args.what == "tokens":
-        replaced.append(("--tokenizer", "--init"))
-    if args.what == "masks" or given & {"--init", "--tokenizer"}:      # otherwise --data names the checkpoint
-        replaced.append(("--images", "--data"))
-    for flag, unused in replaced:
-        if {flag, unused} <= given:
-            raise UserError(f"{unused}: has no effect with {flag}")
+    words = sys.argv[1:] if argv is None else argv
+    refuse_without_effect(args.what, {word.partition("=")[0] for word in words})
     args.out = Path(args.out or f"runs/{args.what}.png")
     if args.what in use_model.split() and args.init is None:
         args.init = f"runs/pretrain-{Path(getattr(args, 'data', 'shapes')).resolve().name}/model.pt"
         if Path(args.init).exists() and not (args.what == "tokens" and args.tokenizer):
             check_default("init", args.init, getattr(args, "data", "shapes"))
     return args
+
+
+def refuse_without_effect(what, given):
+    """Raise UserError if the flags that are `given` for a figure make another of them useless."""
+    # pairs (flag, another that has no effect beside it)
+    replaced = [("--images", flag) for flag in ("--first", "--count", "--data-root")]
+    if what == "tokens":
+        replaced.append(("--tokenizer", "--init"))
+    if what == "masks" or given & {"--init", "--tokenizer"}:      # otherwise --data names the checkpoint
+        replaced.append(("--images", "--data"))
+    for flag, unused in replaced:
+        if {flag, unused} <= given:
+            raise UserError(f"{unused}: has no effect with {flag}")
 
 
 def main():

@@ -529,11 +529,7 @@ def save_huggingface(model, path, classes=None, eval_crop=None):
         raise UserError(f"{path}: expected a model of square images, found {size}x{width}, for which "
                         "transformers mixes up the positions")
     folder, weights_name = Path(path), "model.safetensors" if safetensors else "pytorch_model.bin"
-    found = [file.name for file in folder.iterdir()] if folder.exists() else []
-    others = sorted(set(found) - {"config.json", "preprocessor_config.json", weights_name})
-    if found and (others or read_json(folder / "config.json").get("model_type") != "beit"):
-        raise UserError(f"{path}: expected a new folder, or one with nothing but an earlier export, found "
-                        f"{', '.join(others or found)}")
+    check_export_folder(folder, weights_name)
     if isinstance(model, vit.MaskedImageModel):
         architecture, head = "BeitForMaskedImageModeling", {"vocab_size": len(model.lm_head.weight)}
     elif isinstance(model, vit.ImageClassifier):
@@ -562,6 +558,15 @@ def save_huggingface(model, path, classes=None, eval_crop=None):
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std})
     write_tensors(huggingface_state_dict(model), folder / weights_name)
+
+
+def check_export_folder(folder, weights_name):
+    """Raise UserError if a folder holds anything but an earlier export with weights of this name."""
+    found = [file.name for file in folder.iterdir()] if folder.exists() else []
+    others = sorted(set(found) - {"config.json", "preprocessor_config.json", weights_name})
+    if found and (others or read_json(folder / "config.json").get("model_type") != "beit"):
+        raise UserError(f"{folder}: expected a new folder, or one with nothing but an earlier export, found "
+                        f"{', '.join(others or found)}")
 
 
 def huggingface_state_dict(model):

@@ -51,7 +51,7 @@ WRONG = {
         --masking random --no-exact-masks | ...--no-exact-masks: only with --masking blockwise
         --masking none --predict all --mask-ratio 0.3 | --mask-ratio: not used with --masking none
         --vocab-size 64 | unrecognized arguments: --vocab-size 64 (the tokenizer's own flags
-        --download | --download: only for fashion-mnist, cifar10 and cifar100, not for shapes
+        --download | --download: only for fashion-mnist, cifar10, cifar100, not for shapes
         --target pixels --tokenizer a.pt | --tokenizer, ...: not used with --target pixels
         --target pixels --tokenizer-steps 3 | ...--tokenizer-steps: not used with --target pixels
         --target pixels --tokenizer-preset demo | ...--tokenizer-preset ...: not used with --target pixels

@@ -92,7 +92,8 @@ def error_of_codes(model, images):
     """The squared error of patches of 4x4 pixels from the mean patch with the same token."""
     tokens = model.tokenize(images).flatten()
     patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
-    means = torch.zeros(model.vocab_size, 48).index_reduce_(0, tokens, patches, "mean", include_self=False)
+    sums = torch.zeros(model.vocab_size, 48).index_add_(0, tokens, patches)
+    means = sums / tokens.bincount(minlength=model.vocab_size).clamp(min=1)[:, None]
     return (patches - means[tokens]).square().mean().item()
 
 
