@@ -549,14 +549,7 @@ def save_huggingface(model, path, classes=None, eval_crop=None):
         "use_absolute_position_embeddings": config.position == "absolute",
         "use_relative_position_bias": config.position == "relative",
         "use_shared_relative_position_bias": config.position == "shared_relative", **head})
-    # The processor without "Fast" in its name knows no shortest_edge in transformers 4.
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "BeitImageProcessorFast",
-        "do_convert_rgb": True, "do_resize": True, "resample": 3,    # bicubic
-        "size": {"shortest_edge": round(size / (eval_crop or 1))},
-        "do_center_crop": True, "crop_size": {"height": size, "width": size},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std})
+    write_json(folder / "preprocessor_config.json", huggingface_processor(config, eval_crop or 1))
     write_tensors(huggingface_state_dict(model), folder / weights_name)
 
 
@@ -567,6 +560,19 @@ def check_export_folder(folder, weights_name):
     if found and (others or read_json(folder / "config.json").get("model_type") != "beit"):
         raise UserError(f"{folder}: expected a new folder, or one with nothing but an earlier export, found "
                         f"{', '.join(others or found)}")
+
+
+def huggingface_processor(config, eval_crop):
+    """Return preprocessor_config.json, a dict, for a vit.ViTConfig of square images."""
+    size, _ = config.image_hw
+    # The processor without "Fast" in its name knows no shortest_edge in transformers 4.
+    return {
+        "image_processor_type": "BeitImageProcessorFast",
+        "do_convert_rgb": True, "do_resize": True, "resample": 3,      # bicubic
+        "size": {"shortest_edge": round(size / eval_crop)},
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": config.pixel_mean, "image_std": config.pixel_std}
 
 
 def huggingface_state_dict(model):
